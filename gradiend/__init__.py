@@ -1,0 +1,63 @@
+"""Learn, measure, compare and rewrite feature directions in language models, from gradients."""
+
+__version__ = "0.1.0"
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gradiend import corpora as corpora, zoo as zoo
+    from gradiend.core import InputError as InputError, MissingExtraError as MissingExtraError
+    from gradiend.data.creation import TextPredictionDataCreator as TextPredictionDataCreator
+    from gradiend.data.examples import Examples as Examples
+    from gradiend.data.examples import make_examples as make_examples, neutral_examples as neutral_examples
+    from gradiend.data.filters import TextFilterConfig as TextFilterConfig
+    from gradiend.delta import Delta as Delta
+    from gradiend.evaluator.decoder import DecoderResult as DecoderResult, evaluate_decoder as evaluate_decoder
+    from gradiend.evaluator.encoder import EncoderResult as EncoderResult, evaluate_encoder as evaluate_encoder
+    from gradiend.gradients.objectives import masked_lm as masked_lm
+    from gradiend.gradients.space import ParameterSpace as ParameterSpace
+    from gradiend.model import GradiendModel as GradiendModel
+    from gradiend.overlap import OverlapResult as OverlapResult, topk_overlap as topk_overlap
+    from gradiend.pruning import PostPruneConfig as PostPruneConfig, PrePruneConfig as PrePruneConfig
+    from gradiend.rewrite import rewrite_model as rewrite_model
+    from gradiend.trainer.arguments import TrainingArguments as TrainingArguments
+    from gradiend.trainer.text import TextPredictionTrainer as TextPredictionTrainer
+    from gradiend.visualizer.convergence import plot_training_convergence as plot_training_convergence
+    from gradiend.visualizer.decoder import plot_probability_shifts as plot_probability_shifts
+    from gradiend.visualizer.encoder import plot_encoder_distributions as plot_encoder_distributions
+    from gradiend.visualizer.topk import plot_topk_overlap as plot_topk_overlap
+
+# Where each public name lives. It is imported when it is first used, so that `import gradiend`
+# loads neither torch nor transformers. The type checkers read the block above; a test keeps both equal.
+_modules = ("corpora", "zoo")
+_names = {
+    "InputError": "core", "MissingExtraError": "core",
+    "TextPredictionDataCreator": "data.creation", "TextFilterConfig": "data.filters",
+    "Examples": "data.examples", "make_examples": "data.examples", "neutral_examples": "data.examples",
+    "ParameterSpace": "gradients.space", "masked_lm": "gradients.objectives",
+    "PrePruneConfig": "pruning", "PostPruneConfig": "pruning",
+    "GradiendModel": "model", "Delta": "delta",
+    "TrainingArguments": "trainer.arguments", "TextPredictionTrainer": "trainer.text",
+    "EncoderResult": "evaluator.encoder", "evaluate_encoder": "evaluator.encoder",
+    "DecoderResult": "evaluator.decoder", "evaluate_decoder": "evaluator.decoder",
+    "rewrite_model": "rewrite",
+    "OverlapResult": "overlap", "topk_overlap": "overlap",
+    "plot_training_convergence": "visualizer.convergence",
+    "plot_encoder_distributions": "visualizer.encoder",
+    "plot_probability_shifts": "visualizer.decoder",
+    "plot_topk_overlap": "visualizer.topk",
+}  # fmt: skip
+__all__ = ["__version__", *_modules, *_names]
+
+
+def __getattr__(name: str) -> object:
+    if name in _modules:
+        return import_module(f"{__name__}.{name}")
+    if name in _names:
+        return getattr(import_module(f"{__name__}.{_names[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
