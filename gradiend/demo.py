@@ -6,7 +6,7 @@
 __all__ = ['PRONOUNS', 'OTHER_PRONOUNS', 'FIRST_SEED', 'TARGET_CLASS', 'DemoOptions', 'demo_data', 'demo_arguments',
            'demo_scores', 'check_scores', 'draw_figures', 'sample_sentences', 'run_demo']
 
-# %% ../nbs/97_demo.ipynb #c6eec555
+# %% ../nbs/97_demo.ipynb #b26eab2f
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -18,10 +18,10 @@ from . import __version__, corpora
 from .core import InputError, atomic_folder, optional_import, write_json
 from .data.creation import TextPredictionDataCreator
 from .data.filters import TextFilterConfig
-from .delta import Delta
 from .pruning import PostPruneConfig, PrePruneConfig
 from .report import before_after, write_report
 from .trainer.arguments import TrainingArguments
+from .trainer.seeds import SeedReport
 from .trainer.text import TextPredictionTrainer
 from .visualizer.convergence import plot_training_convergence
 from .visualizer.decoder import plot_probability_shifts
@@ -103,10 +103,10 @@ def check_scores(
              s["lms_ratio"] >= 0.99)]
     return pd.DataFrame([(q, v, t, bool(r)) for q, v, t, r in rows], columns=["question", "value", "target", "reached"])
 
-# %% ../nbs/97_demo.ipynb #56351482
+# %% ../nbs/97_demo.ipynb #a8853694
 def draw_figures(
     folder: Path, # Where the files go
-    trainer: TextPredictionTrainer, # A trained one
+    report: SeedReport, # What training gave
     encoder: Any, # `EncoderResult`
     decoder: Any, # `DecoderResult`
 ) -> dict[str, Path]: # Title -> file
@@ -116,8 +116,8 @@ def draw_figures(
     files = {title: folder / f"{title.lower().replace(' ', '_')}.png"
              for title in ("Training", "Encodings", "Probability shift", "Overlap of the seeds")}
     training, encodings, shift, overlap = files.values()
-    seeds = {f"seed {run.seed}": model for run, model in zip(trainer.report.runs, trainer.report.models, strict=True)}
-    axes = [plot_training_convergence(trainer.report, output=training), plot_encoder_distributions(encoder, output=encodings),
+    seeds = {f"seed {run.seed}": model for run, model in zip(report.runs, report.models, strict=True)}
+    axes = [plot_training_convergence(report, output=training), plot_encoder_distributions(encoder, output=encodings),
             plot_probability_shifts(decoder, TARGET_CLASS, output=shift)]
     if len(seeds) > 1: axes.append(plot_topk_overlap(seeds, topk=1000, output=overlap))
     for ax in axes: plt.close(ax.figure)
@@ -134,22 +134,21 @@ def sample_sentences(
     shown = plural[:max(n // 2, n - len(singular))]
     return shown + singular[:n - len(shown)]
 
-# %% ../nbs/97_demo.ipynb #5a636762
-def _evaluate(trainer: TextPredictionTrainer, folder: Path, summary: dict[str, Any]) -> None:
+# %% ../nbs/97_demo.ipynb #e39fab33
+def _evaluate(trainer: TextPredictionTrainer, report: SeedReport, folder: Path, summary: dict[str, Any]) -> None:
     "Evaluate, draw, rewrite and report into `folder`, filling in `summary`."
     encoder = trainer.evaluate_encoder()
     decoder = trainer.evaluate_decoder(target_class=TARGET_CLASS)
-    chosen, gradiend = decoder[TARGET_CLASS], trainer.get_model()
-    delta = Delta.from_model(gradiend, chosen.feature_factor, chosen.learning_rate)
+    delta = trainer.delta(decoder, TARGET_CLASS)
     shown = before_after(trainer.base_model, trainer.tokenizer, delta, sample_sentences(trainer))
     trainer.save_pretrained(folder / "gradiend")
     trainer.rewrite_base_model(decoder_results=decoder, target_class=TARGET_CLASS, output_dir=folder / "model")
-    figures = draw_figures(folder / "figures", trainer, encoder, decoder)
+    figures = draw_figures(folder / "figures", report, encoder, decoder)
     scores = demo_scores(encoder, decoder)
     checks = check_scores(scores)
     summary |= {"scores": scores, "control": encoder.control, "checks": checks.to_dict("records"),
                 "reached": bool(checks.reached.all())}
-    tables = {"Targets": checks, "Seeds": trainer.report.frame, "Strengths of the rewrite": decoder.frame}
+    tables = {"Targets": checks, "Seeds": report.frame, "Strengths of the rewrite": decoder.frame}
     write_report(folder, title="GRADIEND demo: he, she, it and they", summary={**summary["options"], **scores},
                  figures=figures, tables=tables, before_after=shown)
 
@@ -169,9 +168,9 @@ def run_demo(
         (folder / "data").mkdir()
         for name, frame in {**training, "neutral": neutral}.items():
             frame.to_csv(folder / "data" / f"{name}.csv", index=False)
-        trainer.train()
+        report = trainer.train()
         summary: dict[str, Any] = {"version": __version__, "options": asdict(options), "data": counts}
-        _evaluate(trainer, folder, summary)
+        _evaluate(trainer, report, folder, summary)
         summary["seconds"] = round(perf_counter() - start, 1)
         write_json(folder / "summary.json", summary)
     return summary

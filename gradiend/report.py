@@ -198,15 +198,15 @@ def figure_source(
         data = buffer.getvalue()
     return f"data:{media};base64,{base64.b64encode(data).decode()}"
 
-# %% ../nbs/96_report.ipynb #7cd06d23
+# %% ../nbs/96_report.ipynb #b1ed2451
 def _word_list(rows: pd.DataFrame, column: str, k: int) -> str:
     """The top k words by `before` or `after` as a list with bars; `after` shows the change as well."""
     items = []
-    for row in rows.sort_values(f"rank_{column}").head(k).itertuples(index=False):
-        p, change = getattr(row, column), 100 * row.change
+    for row in rows.sort_values(f"rank_{column}").head(k).to_dict("records"):
+        p, change = float(row[column]), 100 * float(row["change"])
         trend = "up" if change > 0 else "down"
         note = f'<i class="{trend}">{change:+.0f}</i>' if column == "after" and abs(change) >= 0.5 else "<i></i>"
-        items.append(f'<li><b style="width:{100 * p:.1f}%"></b><span>{escape(str(row.word))}</span>'
+        items.append(f'<li><b style="width:{100 * p:.1f}%"></b><span>{escape(str(row["word"]))}</span>'
                      f"<em>{100 * p:.0f} %</em>{note}</li>")
     return "<ol>" + "".join(items) + "</ol>"
 

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'convergence_frame', 'best_steps', 'plot_training_convergence']
 
-# %% ../../nbs/80_visualizer.convergence.ipynb #181c4ecd
-from collections.abc import Iterable
+# %% ../../nbs/80_visualizer.convergence.ipynb #e10d57a0
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 import pandas as pd
@@ -12,20 +12,19 @@ from ..core import InputError
 from .style import INK, NEUTRAL, PALETTE, HasFrame
 from .style import as_frame, finish, label_ends, new_axes, quiet
 
-# %% ../../nbs/80_visualizer.convergence.ipynb #c866688c
+# %% ../../nbs/80_visualizer.convergence.ipynb #755724e6
 COLUMNS = ("seed", "step", "correlation", "class", "mean", "std")
 
 def convergence_frame(
-    runs: "HasFrame | pd.DataFrame | Iterable[HasFrame]",  # a run, a seed report, several runs, or the table
+    runs: "HasFrame | pd.DataFrame | Sequence[HasFrame]",  # a run, a seed report, several runs, or the table
 ) -> pd.DataFrame:  # columns seed, step, correlation, class, mean, std
     """One tidy table of all evaluations. Raises TypeError or InputError for things that hold no such table."""
-    if not isinstance(runs, pd.DataFrame):
-        runs = getattr(runs, "runs", runs)  # a seed report: its runs, not its summary
-    if isinstance(runs, (list, tuple)):
-        if not runs:
-            raise InputError("runs is empty; give at least one training run")
-        runs = pd.concat([as_frame(run, COLUMNS, argument="runs") for run in runs], ignore_index=True)
-    return as_frame(runs, COLUMNS, argument="runs")
+    given: Any = runs if isinstance(runs, pd.DataFrame) else getattr(runs, "runs", runs)  # of a report: its runs
+    if not isinstance(given, (list, tuple)):
+        return as_frame(given, COLUMNS, argument="runs")
+    if not given:
+        raise InputError("runs is empty; give at least one training run")
+    return pd.concat([as_frame(run, COLUMNS, argument="runs") for run in given], ignore_index=True)
 
 # %% ../../nbs/80_visualizer.convergence.ipynb #22726eea
 def best_steps(
@@ -80,9 +79,9 @@ def _draw_means(ax: Any, history: pd.DataFrame, chosen: Any) -> list[tuple]:
     ax.axhline(0, color="#999999", linewidth=0.8, zorder=1)
     return labels
 
-# %% ../../nbs/80_visualizer.convergence.ipynb #92a670d3
+# %% ../../nbs/80_visualizer.convergence.ipynb #0c1f7f86
 def plot_training_convergence(
-    runs: "HasFrame | pd.DataFrame | Iterable[HasFrame]",  # TrainingRun, SeedReport, list of runs, or the table
+    runs: "HasFrame | pd.DataFrame | Sequence[HasFrame]",  # TrainingRun, SeedReport, list of runs, or the table
     *,
     threshold: float | None = 0.5,  # correlation a run needs to count as converged; None draws no line
     chosen: int | None = None,  # seed to put forward; default: the report's choice, else the best correlation
@@ -92,17 +91,19 @@ def plot_training_convergence(
     """Draw correlation by training step for every seed and the class means of the chosen one (paper, Figure 2)."""
     history = convergence_frame(runs)
     best = best_steps(history)
-    if chosen is None and getattr(runs, "best", None) is not None:
-        chosen = runs.runs[runs.best].seed  # type: ignore[union-attr]
-    if chosen is None:
-        chosen = best["correlation"].abs().idxmax() if len(best) else history["seed"].iloc[0]
-    title = f"Seed {chosen}: no correlation could be measured"
-    if chosen in best.index:
-        step, correlation = best.loc[chosen]
-        title = f"Best at step {step:.0f}: correlation {correlation:.2f} (seed {chosen})"
+    seed: Any = chosen
+    if seed is None and getattr(runs, "best", None) is not None:
+        report: Any = runs
+        seed = report.runs[report.best].seed
+    if seed is None:
+        seed = best["correlation"].abs().idxmax() if len(best) else history["seed"].iloc[0]
+    title = f"Seed {seed}: no correlation could be measured"
+    if seed in best.index:
+        step, correlation = best.loc[seed]
+        title = f"Best at step {step:.0f}: correlation {correlation:.2f} (seed {seed})"
     upper, lower = (ax, ax) if ax is not None else (row[0] for row in new_axes(2, heights=(1, 1)))
-    labels = _draw_correlation(upper, history, chosen, threshold)
-    means = _draw_means(lower, history, chosen)
+    labels = _draw_correlation(upper, history, seed, threshold)
+    means = _draw_means(lower, history, seed)
     if ax is not None:
         labels = [(f"correlation, {n}" if n.startswith("seed") else n, y, c) for n, y, c in labels] + means
         quiet(ax, title=title, xlabel="training step", ylabel="correlation and mean encoding")

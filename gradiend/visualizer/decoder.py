@@ -49,10 +49,10 @@ def _log_axis(ax: Any, rates: Sequence[float]) -> None:
     ax.set_xticks([], minor=True)
     ax.set_xlim(left / 1.6, max(rates, default=1) * 1.6)
 
-# %% ../../nbs/82_visualizer.decoder.ipynb #b75270ce
+# %% ../../nbs/82_visualizer.decoder.ipynb #bdb60455
 def _draw_curve(ax: Any, curves: pd.DataFrame, column: str, colour: str, ratio: float, main: bool = True) -> None:
     """One quantity by learning rate, the base model apart; hollow dots where the LMS is below the ratio."""
-    rates = curves.index[curves.index > 0]
+    rates = [float(lr) for lr in curves.index if lr > 0]
     x = np.array([_base_position(rates) if lr == 0 else lr for lr in curves.index])
     y = curves[column].to_numpy(dtype=float)
     ax.plot(x[1:], y[1:], color=colour, linewidth=1.8 if main else 1.0, alpha=1 if main else 0.65, zorder=2)

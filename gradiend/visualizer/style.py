@@ -10,16 +10,16 @@ from typing import Any, Protocol
 import pandas as pd
 from ..core import InputError, optional_import
 
-# %% ../../nbs/79_visualizer.style.ipynb #e87fa3f6
+# %% ../../nbs/79_visualizer.style.ipynb #5dfd21d2
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito, first two = the pair
 NEUTRAL = "#6E6E6E"  # neutral rows and everything that is context
 INK = "#222222"  # text and the line that matters most
 GRID = "#E3E3E3"
 FIGSIZE = (6.0, 4.0)  # inches: fits a notebook page and a column of a paper
-DPI = 130
+DPI = 150  # of written files; on a screen the notebook decides
 ENDINGS = (".png", ".pdf", ".svg")
 
-# %% ../../nbs/79_visualizer.style.ipynb #167dea51
+# %% ../../nbs/79_visualizer.style.ipynb #573d55e6
 def new_axes(
     rows: int = 1,  # panels from top to bottom
     columns: int = 1,  # panels from left to right
@@ -30,7 +30,7 @@ def new_axes(
     """Axes of a new figure with constrained layout; rows share their horizontal axis. Raises MissingExtraError."""
     plt = optional_import("matplotlib.pyplot", "plot", purpose="figures")
     ratios = {"height_ratios": heights} if heights else {}
-    _, grid = plt.subplots(rows, columns, figsize=figsize, dpi=DPI, layout="constrained", squeeze=False,
+    _, grid = plt.subplots(rows, columns, figsize=figsize, layout="constrained", squeeze=False,
                            sharex="col", gridspec_kw=ratios)
     return [list(row) for row in grid]
 
