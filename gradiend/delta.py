@@ -21,14 +21,14 @@ from .core import InputError, atomic_folder, read_json, write_json
 from .gradients.space import EntryTable, ParameterSpace, positions_of
 from .model import GradiendModel
 
-# %% ../nbs/45_delta.ipynb #8ba8de74
+# %% ../nbs/45_delta.ipynb #524dff20
 def check_fits(
     model: nn.Module,
     table: EntryTable, # The entries that a change wants to touch
 ) -> dict[str, nn.Parameter]: # The model's parameters by name
     "Raise InputError unless the model has all parameters of the table, in their shapes."
     parameters = dict(model.named_parameters())
-    for name, shape in zip(table.names, table.shapes):
+    for name, shape in zip(table.names, table.shapes, strict=True):
         if name not in parameters:
             raise InputError(f"model: {type(model).__name__} has no parameter {name!r}, which this change was made for; use the base model that the GRADIEND was trained on")
         if tuple(parameters[name].shape) != tuple(shape):
@@ -132,7 +132,7 @@ class Applied:
         restore_entries(self.model, self._old)
         self._old = None
 
-# %% ../nbs/45_delta.ipynb #ca09d17b
+# %% ../nbs/45_delta.ipynb #9a267ddd
 def save_delta(
     delta: Delta,
     folder: str | Path, # Is replaced if it exists
@@ -145,7 +145,8 @@ def save_delta(
 
 def write_delta_files(delta: Delta, folder: Path) -> None:
     "The two files of a change, into a folder that exists."
-    save_file({"values": delta.values.contiguous(), "global_index": delta.space.global_index}, folder / "delta.safetensors")
+    pruned = delta.space.pruned_index
+    save_file({"values": delta.values.contiguous()} | ({} if pruned is None else {"global_index": pruned}), folder / "delta.safetensors")
     write_json(folder / "delta.json", {"names": delta.space.names, "shapes": delta.space.shapes, "note": dict(delta.note)})
 
 
@@ -157,5 +158,5 @@ def load_delta(
     if not ((folder / "delta.json").is_file() and (folder / "delta.safetensors").is_file()):
         raise InputError(f"folder: {str(folder)!r} holds no change (delta.json and delta.safetensors); give the folder that save_delta or rewrite_model wrote")
     described, tensors = read_json(folder / "delta.json"), load_file(folder / "delta.safetensors")
-    space = ParameterSpace.from_global(described["names"], described["shapes"], tensors["global_index"])
+    space = ParameterSpace.from_global(described["names"], described["shapes"], tensors.get("global_index"))
     return Delta(space, tensors["values"], described["note"])

@@ -7,18 +7,17 @@ __all__ = ['ACTIVATIONS', 'GRADIENTS', 'PARTS', 'Network', 'FORMAT', 'GradiendCo
            'initial_weights', 'part_importance', 'GradiendNetwork', 'top_entries', 'keep_entries', 'package_versions',
            'write_artifact', 'expected_shapes', 'read_artifact', 'GradiendModel']
 
-# %% ../nbs/40_model.ipynb #819f1cd1
+# %% ../nbs/40_model.ipynb #6dfd211a
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from math import sqrt
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from .core import InputError, atomic_folder, check_choice, read_json, write_json
 from .gradients.space import ParameterSpace, positions_of

@@ -13,7 +13,8 @@ from gradiend.cli import main
 
 from .tiny import tokenizer as make_tokenizer
 
-BOTH = "The king said that he was tired.\nThe dogs barked because they were cold.\n" * 3
+BOTH = ("The king said that he was tired.\nThe dogs barked because they were cold.\nThe kettle whistled loudly.\n"
+        "The pilot said that he was hungry.\nThe twins said that they were late.\nThe rain fell all night.\n")
 
 
 def said(capsys, *argv: str) -> tuple[int, str]:
@@ -91,7 +92,7 @@ def test_word_that_the_model_does_not_know(here, capsys):
     save_bert(here / "model", PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", pad_token="[PAD]",
                                                       cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"))
     code, line = said(capsys, "demo", "--model", here / "model", "--text", here / "both.txt")
-    assert code == 2 and "they" in line
+    assert code == 2 and "they" in line.lower() and "neutral" not in line
 
 
 def test_folder_with_other_files_is_not_replaced(here, capsys):

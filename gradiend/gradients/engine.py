@@ -22,19 +22,19 @@ from ..core import check_choice, progress
 from .objectives import Objective, batches
 from .space import ParameterSpace
 
-# %% ../../nbs/22_gradients.engine.ipynb #17fba99a
+# %% ../../nbs/22_gradients.engine.ipynb #6535c9a8
 KINDS: dict[str, tuple[float, float]] = {"factual": (1.0, 0.0), "alternative": (0.0, 1.0), "diff": (1.0, -1.0)}
 
 
 def mix(
-    losses: Sequence[Tensor], # Factual and alternative losses, two tensors of the same shape
+    losses: Sequence[Tensor] | Tensor, # Factual and alternative losses: two tensors of the same shape, or one `(2, ...)`
     kind: str, # "factual", "alternative" or "diff"
 ) -> Tensor:
     "The loss, or difference of losses, whose gradient has this kind. Raises InputError for another kind."
     factual, alternative = KINDS[check_choice("kind", kind, KINDS)]
     return factual * losses[0] + alternative * losses[1]
 
-# %% ../../nbs/22_gradients.engine.ipynb #b4f3827e
+# %% ../../nbs/22_gradients.engine.ipynb #81e4ea6a
 def row_gradients(
     model: nn.Module, # The language model
     objective: Objective,
@@ -50,10 +50,10 @@ def row_gradients(
         batch = objective.prepare(frame.iloc[[i]]).to(next(model.parameters()).device)
         loss = mix(objective.losses(model, batch), kind).sum()
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
-        result.append(space.gather(dict(zip(parameters, gradients))))
+        result.append(space.gather(dict(zip(parameters, gradients, strict=True))))
     return torch.stack(result)
 
-# %% ../../nbs/22_gradients.engine.ipynb #35c99c47
+# %% ../../nbs/22_gradients.engine.ipynb #60869020
 class Losses(nn.Module):
     "A model and an objective as one module, so that `functional_call` can swap the model's parameters."
 
@@ -71,10 +71,10 @@ def live_parameters(
     space: ParameterSpace,
 ) -> dict[str, Tensor]: # Under the names that `Losses` uses
     "The parameters that have at least one entry in the space, detached from the model."
-    wanted = {name for name, size in zip(space.names, space.sizes) if size}
+    wanted = {name for name, size in zip(space.names, space.sizes, strict=True) if size}
     return {f"model.{name}": p.detach() for name, p in model.named_parameters() if name in wanted}
 
-# %% ../../nbs/22_gradients.engine.ipynb #e9b22934
+# %% ../../nbs/22_gradients.engine.ipynb #1b2e3cb6
 def accumulate(
     model: nn.Module, # The language model; nothing in it is changed
     objective: Objective,
@@ -86,19 +86,20 @@ def accumulate(
     "Row m is `sum_i weights[m, 0, i] grad L_f,i + weights[m, 1, i] grad L_a,i`: one forward and M backward passes."
     parameters = {name: p.requires_grad_() for name, p in live_parameters(model, space).items()}
     device = next(model.parameters()).device
-    losses = functional_call(Losses(model, objective), parameters, (batch.to(device),))
-    sums = (losses * weights.to(losses)).sum((1, 2))  # (M,)
+    with torch.enable_grad():  # also for a caller who switched gradients off
+        losses = functional_call(Losses(model, objective), parameters, (batch.to(device),))
+        sums = (losses * weights.to(losses)).sum((1, 2))  # (M,)
     result = []
     for m, total in enumerate(sums):
         gradients = torch.autograd.grad(total, list(parameters.values()), retain_graph=m + 1 < len(sums), allow_unused=True, materialize_grads=True)
-        found = {name.removeprefix("model."): g for name, g in zip(parameters, gradients)}
+        found = {name.removeprefix("model."): g for name, g in zip(parameters, gradients, strict=True)}
         result.append(gather_some(space, found))
     return torch.stack(result)
 
 
 def gather_some(space: ParameterSpace, tensors: Mapping[str, Tensor]) -> Tensor: # `(n,)`
     "Like `space.gather`, for a dictionary that leaves out the tensors without an entry."
-    pieces = [(tensors[name].reshape(-1), index) for name, index in zip(space.names, space.indices) if name in tensors]
+    pieces = [(tensors[name].reshape(-1), index) for name, index in zip(space.names, space.indices, strict=True) if name in tensors]
     return torch.cat([flat if index is None else flat[index.to(flat.device)] for flat, index in pieces])
 
 # %% ../../nbs/22_gradients.engine.ipynb #ff56dcd7
@@ -110,7 +111,7 @@ def pair_weights(
     signs = torch.tensor([KINDS[check_choice("kind", kind, KINDS)] for kind in kinds], dtype=torch.float64)
     return (signs / rows)[:, :, None].expand(-1, -1, rows)
 
-# %% ../../nbs/22_gradients.engine.ipynb #bd9df7f3
+# %% ../../nbs/22_gradients.engine.ipynb #4e010d12
 def directional_derivatives(
     model: nn.Module,
     objective: Objective,
@@ -123,8 +124,7 @@ def directional_derivatives(
     directions = {f"model.{name}": t.to(named[name]) for name, t in tangents.items()}
     losses = Losses(model, objective)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        _, derivative = jvp(lambda parameters: functional_call(losses, parameters, (batch,)), (inputs,), (directions,))
-    return derivative
+        return jvp(lambda parameters: functional_call(losses, parameters, (batch,)), (inputs,), (directions,))[1]
 
 # %% ../../nbs/22_gradients.engine.ipynb #5e108378
 def encode(

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..core import InputError
 
-# %% ../../nbs/21_gradients.objectives.ipynb #0055ae48
+# %% ../../nbs/21_gradients.objectives.ipynb #8556d4d0
 class Tokens(NamedTuple):
     "A tokenised text, cut where the hidden word begins and ends."
     before: tuple[int, ...]
@@ -36,12 +36,12 @@ def split_tokens(
 ) -> list[Tokens]:
     "Fill each word into its text, tokenise the result once, and cut it around the word. Raises InputError for a word the tokenizer does not know."
     cut = [text.partition(mask) for text in masked]
-    texts = [left + word + right for (left, _, right), word in zip(cut, words)]
+    texts = [left + word + right for (left, _, right), word in zip(cut, words, strict=True)]
     encoding = tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
     result = []
     for i, word in enumerate(words):
         start, ids = len(cut[i][0]), encoding["input_ids"][i]
-        spans = zip(encoding["offset_mapping"][i], encoding["special_tokens_mask"][i])
+        spans = zip(encoding["offset_mapping"][i], encoding["special_tokens_mask"][i], strict=True)
         inside = [j for j, ((a, b), special) in enumerate(spans) if not special and a < start + len(word) and b > start]
         if not inside or tokenizer.unk_token_id in ids[inside[0]:inside[-1] + 1]:
             raise InputError(f"word {word!r} is unknown to this tokenizer (it becomes {tokenizer.unk_token!r} in {texts[i]!r}); choose a word from its vocabulary, or another model")
@@ -169,13 +169,14 @@ def spellings(
     other = word[:1].lower() + word[1:] if word[:1].isupper() else word[:1].upper() + word[1:]
     return (word,) if other == word else (word, other)
 
-# %% ../../nbs/21_gradients.objectives.ipynb #51849e21
+# %% ../../nbs/21_gradients.objectives.ipynb #6b1b607a
 def word_sets(
     tokenizer: PreTrainedTokenizerBase,
     words: Sequence[Sequence[str]], # The target words of each class
 ) -> list[list[str]]: # The spellings to count, per class
     "Per class the spellings to count: every distinct token sequence once, unknown variants left out."
-    result, owner = [], {}
+    result: list[list[str]] = []
+    owner: dict[tuple[int, ...], int] = {}  # which class writes a word with these tokens
     for c, group in enumerate(words):
         forms: list[str] = []
         for word in group:

@@ -6,12 +6,12 @@
 __all__ = ['backbone_parameters', 'select_names', 'Location', 'offsets', 'EntryTable', 'locate', 'positions_of', 'kept_indices',
            'first_difference', 'ParameterSpace']
 
-# %% ../../nbs/20_gradients.space.ipynb #6bc18814
+# %% ../../nbs/20_gradients.space.ipynb #19eef21b
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -74,7 +74,7 @@ def _take(tensor: Tensor, index: Tensor | None) -> Tensor: # `(m,)`
     flat = tensor.reshape(-1)
     return flat if index is None else flat.index_select(0, index.to(flat.device))
 
-# %% ../../nbs/20_gradients.space.ipynb #8e024f34
+# %% ../../nbs/20_gradients.space.ipynb #5b241d21
 @dataclass(frozen=True, eq=False)
 class EntryTable:
     "Which entries of which tensors make up a vector, and in which order."
@@ -85,13 +85,13 @@ class EntryTable:
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         "Number of entries that take part, per tensor."
-        return tuple(int(torch.Size(s).numel()) if i is None else len(i) for s, i in zip(self.shapes, self.indices))
+        return tuple(int(torch.Size(s).numel()) if i is None else len(i) for s, i in zip(self.shapes, self.indices, strict=True))
 
     @cached_property
     def global_index(self) -> Tensor:
         "`(n,)` int64: the position of every entry in the full, unpruned space. This is what two models share."
         starts = offsets(self.shapes)
-        return torch.cat([_positions(shape, index) + start for shape, index, start in zip(self.shapes, self.indices, starts)])
+        return torch.cat([_positions(shape, index) + start for shape, index, start in zip(self.shapes, self.indices, starts[:-1], strict=True)])
 
     @property
     def n(self) -> int:
@@ -142,7 +142,7 @@ def positions_of(
         raise InputError(f"global_index: {int(missing[0])} is not an entry of this space of {table.n:,} entries; take values of its global_index")
     return order
 
-# %% ../../nbs/20_gradients.space.ipynb #b33dde35
+# %% ../../nbs/20_gradients.space.ipynb #90334a5d
 def kept_indices(
     table: EntryTable, # The table to choose from
     global_index: Tensor, # `(m,)` global indices to keep, in any order
@@ -152,7 +152,7 @@ def kept_indices(
     positions_of(table, kept)
     starts = offsets(table.shapes)
     bounds = torch.searchsorted(kept, starts).tolist()
-    return tuple(kept[a:b] - start for a, b, start in zip(bounds, bounds[1:], starts))
+    return tuple(kept[a:b] - start for a, b, start in zip(bounds[:-1], bounds[1:], starts[:-1], strict=True))
 
 
 def first_difference(
@@ -160,12 +160,12 @@ def first_difference(
     b: EntryTable,
 ) -> str | None: # None if the full spaces agree
     "How the full spaces of two tables differ, in words."
-    for left, right in zip(zip(a.names, a.shapes), zip(b.names, b.shapes)):
+    for left, right in zip(zip(a.names, a.shapes, strict=True), zip(b.names, b.shapes, strict=True), strict=False):
         if left != right:
             return f"one has {left[0]} {left[1]} where the other has {right[0]} {right[1]}"
     return None if len(a.names) == len(b.names) else f"{len(a.names)} parameter tensors against {len(b.names)}"
 
-# %% ../../nbs/20_gradients.space.ipynb #d8045925
+# %% ../../nbs/20_gradients.space.ipynb #83dadd63
 class ParameterSpace(EntryTable):
     "An ordered choice of `n` scalar weights of a model: the meaning of every entry of a gradient vector."
 
@@ -184,18 +184,18 @@ class ParameterSpace(EntryTable):
 
     def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
         "Read the vector `(n,)` out of a dictionary of whole tensors (gradients, or weights)."
-        return torch.cat([_take(tensors[name], index) for name, index in zip(self.names, self.indices)])
+        return torch.cat([_take(tensors[name], index) for name, index in zip(self.names, self.indices, strict=True)])
 
     def scatter(self, vector: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         "Per parameter the flat positions and the values of `vector` `(n,)`; tensors without an entry are left out. Raises ValueError for another length."
         if vector.shape != (self.n,):
             raise ValueError(f"vector: shape {tuple(vector.shape)} does not fit a space of {self.n:,} entries; it must be ({self.n},)")
-        pieces = zip(self.names, self.shapes, self.indices, vector.split(list(self.sizes)))
+        pieces = zip(self.names, self.shapes, self.indices, vector.split(list(self.sizes)), strict=True)
         return {name: (_positions(shape, index).to(vector.device), values) for name, shape, index, values in pieces if len(values)}
 
     def dense(self, vector: Tensor) -> dict[str, Tensor]:
         "Per parameter a whole tensor: the values of `vector` `(n,)` where they belong and zero elsewhere."
-        shapes = dict(zip(self.names, self.shapes))
+        shapes = dict(zip(self.names, self.shapes, strict=True))
         return {name: values.new_zeros(shapes[name]).put_(positions, values) for name, (positions, values) in self.scatter(vector).items()}
 
     def keep(self, global_index: Tensor) -> "ParameterSpace":
@@ -215,7 +215,7 @@ class ParameterSpace(EntryTable):
         "One row per parameter: name, shape, entries that take part, and their share of the tensor."
         totals = [int(torch.Size(shape).numel()) for shape in self.shapes]
         frame = pd.DataFrame({"parameter": self.names, "shape": [str(s) for s in self.shapes], "entries": self.sizes})
-        return frame.assign(share=[k / max(t, 1) for k, t in zip(self.sizes, totals)])
+        return frame.assign(share=[k / max(t, 1) for k, t in zip(self.sizes, totals, strict=True)])
 
     def __repr__(self) -> str:
         return f"ParameterSpace({self.n:,} of {self.full_n:,} entries in {len(self.names)} tensors)"

@@ -6,12 +6,11 @@
 __all__ = ['training_space', 'model_config', 'post_pruned', 'language_modelling_texts', 'TrainerState', 'load_pair',
            'TextPredictionTrainer', 'only_class']
 
-# %% ../../nbs/85_trainer.text.ipynb #9e9a0d7e
+# %% ../../nbs/85_trainer.text.ipynb #66e92b51
 import warnings
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core import InputError
