@@ -74,7 +74,7 @@ def live_parameters(
     wanted = {name for name, size in zip(space.names, space.sizes, strict=True) if size}
     return {f"model.{name}": p.detach() for name, p in model.named_parameters() if name in wanted}
 
-# %% ../../nbs/22_gradients.engine.ipynb #1b2e3cb6
+# %% ../../nbs/22_gradients.engine.ipynb #29882a38
 def accumulate(
     model: nn.Module, # The language model; nothing in it is changed
     objective: Objective,
@@ -88,7 +88,7 @@ def accumulate(
     device = next(model.parameters()).device
     with torch.enable_grad():  # also for a caller who switched gradients off
         losses = functional_call(Losses(model, objective), parameters, (batch.to(device),))
-        sums = (losses * weights.to(losses)).sum((1, 2))  # (M,)
+        sums = (losses * weights.to(losses)).sum((1, 2)).unbind()  # M numbers
     result = []
     for m, total in enumerate(sums):
         gradients = torch.autograd.grad(total, list(parameters.values()), retain_graph=m + 1 < len(sums), allow_unused=True, materialize_grads=True)
