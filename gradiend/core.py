@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['InputError', 'MissingExtraError', 'check_choice', 'optional_import', 'fingerprint', 'write_json', 'read_json',
-           'atomic_folder', 'progress', 'Readable']
+           'atomic_folder', 'progress', 'Readable', 'pearson']
 
 # %% ../nbs/00_core.ipynb #44bf6a1c
 import dataclasses
@@ -270,3 +270,13 @@ class Readable(Mapping[str, Any]):
     # a mapping would compare by items, and items may be tables, whose comparison has no truth value
     __eq__ = object.__eq__
     __hash__ = object.__hash__
+
+# %% ../nbs/00_core.ipynb #0468f9af
+def pearson(
+    x: np.ndarray, # `(N,)`
+    y: np.ndarray, # `(N,)`
+) -> float: # Between -1 and 1; NaN if either side is constant or not finite
+    "Pearson's correlation of two arrays."
+    x, y = x - x.mean(), y - y.mean()
+    norm = float(np.sqrt((x @ x) * (y @ y)))
+    return float(np.clip((x @ y) / norm, -1.0, 1.0)) if math.isfinite(norm) and norm > 0 else math.nan

@@ -9,7 +9,8 @@ from tests.tiny import masked_model
 
 from gradiend.core import InputError
 from gradiend.data.examples import Examples
-from gradiend.evaluator.encoder import balanced_rows, evaluate_encoder, pearson, shuffled_control
+from gradiend.core import pearson
+from gradiend.evaluator.encoder import balanced_rows, evaluate_encoder, shuffled_control
 from gradiend.gradients.objectives import masked_lm
 from gradiend.gradients.space import ParameterSpace
 from gradiend.model import GradiendConfig, GradiendModel

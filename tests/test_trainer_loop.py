@@ -18,7 +18,8 @@ from gradiend.gradients.engine import row_gradients
 from gradiend.gradients.space import ParameterSpace
 from gradiend.model import GradiendConfig, GradiendModel
 from gradiend.trainer.arguments import TrainingArguments
-from gradiend.trainer.loop import GradientBatch, class_batches, fit, folded, gradient_stream, pearson, validation_encoder
+from gradiend.core import pearson
+from gradiend.trainer.loop import GradientBatch, class_batches, fit, folded, gradient_stream, validation_encoder
 
 PAIR = ("3SG", "3PL")
 WORDS = ["he", "she", "they"]
