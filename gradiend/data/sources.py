@@ -94,13 +94,13 @@ def _parquet_chunks(path: Path) -> Iterator[pd.DataFrame]:
     with parquet.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=_CHUNK): yield batch.to_pandas()
 
-# %% ../../nbs/11_data.sources.ipynb #10b9dc26
+# %% ../../nbs/11_data.sources.ipynb #9bab9de9
 def _readable_file(source: str | Path) -> Path:
     "Check that `source` is a file with something in it that may be read; raises `InputError`."
     path = Path(source).expanduser()
     if not path.exists(): raise InputError(f"there is no file {str(source)!r}: check the path")
     if path.is_dir(): raise InputError(f"{str(source)!r} is a folder: name a file in it")
-    if path.stat().st_size == 0: raise InputError(f"the file {str(source)!r} is empty")
+    if path.stat().st_size == 0: raise InputError(f"the file {str(source)!r} is empty: give one with text")
     return path
 
 

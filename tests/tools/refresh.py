@@ -1,12 +1,13 @@
 """Re-run notebooks in place and keep their outputs, honouring `eval: false` and the test flags.
 
     python tests/tools/refresh.py nbs/10_data.filters.ipynb ...
+    python tests/tools/refresh.py --flags slow nbs/tutorials/01_quickstart.ipynb
 
 A notebook that fails is left as it was. Progress bars are not kept: they say how fast this machine is.
 """
+import argparse
 import os
 import re
-import sys
 from pathlib import Path
 
 from execnb.nbio import read_nb, write_nb
@@ -45,5 +46,9 @@ def refresh(notebook: Path, run_flags: tuple[str, ...] = ()) -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        refresh(Path(name).absolute())
+    parser = argparse.ArgumentParser(description="Re-run notebooks in place and keep their outputs.")
+    parser.add_argument("notebooks", nargs="+", type=Path)
+    parser.add_argument("--flags", default="", help="also run the cells with these test flags, for example: slow")
+    options = parser.parse_args()
+    for name in options.notebooks:
+        refresh(name.absolute(), tuple(options.flags.split()))
