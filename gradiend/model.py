@@ -238,9 +238,12 @@ def read_artifact(
             raise InputError(f"folder: {name} in {str(folder)!r} must be finite and of shape {expected}; the files are damaged or mixed")
     return space, config, tensors, read_json(folder / "training.json")
 
-# %% ../nbs/40_model.ipynb #05f7c007
+# %% ../nbs/40_model.ipynb #811add83
 class GradiendModel(GradiendNetwork):
     "A GRADIEND: network, parameter space, configuration and history, which can be cut down, saved and loaded."
+
+    def __repr__(self) -> str:
+        return f"GradiendModel({self.config.pair[0]} against {self.config.pair[1]}, {self.config.source} -> {self.config.target}, {self.space!r})"
 
     def topk(self, k: int, part: str = "decoder-weight") -> Tensor:
         "Global indices `(k,)` of the entries that matter most, most important first."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECORD', 'rewrite_record', 'rewrite_model', 'load_rewrite_record']
 
-# %% ../nbs/70_rewrite.ipynb #b4954e4f
+# %% ../nbs/70_rewrite.ipynb #5cb70cdb
 import copy
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,16 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .core import InputError, atomic_folder, read_json, write_json
 from .delta import Delta, write_delta_files
 from .model import package_versions
-from .zoo import EMBEDDED, embedded_folder, model_fingerprint
+from .zoo import model_fingerprint, model_name
 
-# %% ../nbs/70_rewrite.ipynb #1e5016c6
+# %% ../nbs/70_rewrite.ipynb #8199311b
 RECORD = "gradiend_rewrite.json"
-
-
-def _name_of(model: PreTrainedModel) -> str:
-    "Where the model was loaded from; an embedded model by its name, not by its place on this disk."
-    source = str(model.config._name_or_path)
-    return next((name for name in EMBEDDED if source == str(embedded_folder(name))), source)
 
 
 def rewrite_record(
@@ -36,7 +30,7 @@ def rewrite_record(
     "What was done to which model, in plain values."
     return {
         "format": "gradiend-rewrite-1",
-        "base_model": {"name": _name_of(base_model), "fingerprint": model_fingerprint(base_model)},
+        "base_model": {"name": model_name(base_model), "fingerprint": model_fingerprint(base_model)},
         "delta": {"entries": delta.space.n, "norm": float(delta.norm), "note": dict(delta.note)},
         "details": dict(details or {}),
         "versions": package_versions(),

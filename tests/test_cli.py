@@ -13,8 +13,9 @@ from gradiend.cli import main
 
 from .tiny import tokenizer as make_tokenizer
 
-BOTH = ("The king said that he was tired.\nThe dogs barked because they were cold.\nThe kettle whistled loudly.\n"
-        "The pilot said that he was hungry.\nThe twins said that they were late.\nThe rain fell all night.\n")
+BOTH = "The kettle whistled loudly.\nThe rain fell all night.\n" + "".join(  # twelve rows of each class
+    f"The {one} said that he was {how}.\nThe {one}s said that they were {how}.\n"
+    for one in ("king", "pilot", "twin") for how in ("tired", "hungry", "late", "cold"))
 
 
 def said(capsys, *argv: str) -> tuple[int, str]:
@@ -63,6 +64,12 @@ def test_texts_that_cannot_be_used(content, part, here, capsys):
         file.write_bytes(content)
     code, line = said(capsys, "demo", "--text", file)
     assert code == 2 and part.lower() in line.lower()
+
+
+def test_too_few_rows_are_told_before_anything_is_loaded(here, capsys):
+    (here / "two.txt").write_text("They went home today.\nShe went home yesterday with the dog.\n", encoding="utf-8")
+    code, line = said(capsys, "demo", "--text", here / "two.txt", "--model", "no-such-model")
+    assert code == 2 and "only 1 rows" in line and "give more text" in line
 
 
 def test_missing_column_lists_the_columns(here, capsys):

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'mix', 'row_gradients', 'Losses', 'live_parameters', 'accumulate', 'gather_some', 'pair_weights',
            'directional_derivatives', 'encode']
 
-# %% ../../nbs/22_gradients.engine.ipynb #5abbaa4c
+# %% ../../nbs/22_gradients.engine.ipynb #c4606135
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..core import check_choice, progress
+from ..core import InputError, check_choice, progress
 from .objectives import Objective, batches
 from .space import ParameterSpace
 
@@ -126,7 +126,7 @@ def directional_derivatives(
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         return jvp(lambda parameters: functional_call(losses, parameters, (batch,)), (inputs,), (directions,))[1]
 
-# %% ../../nbs/22_gradients.engine.ipynb #5e108378
+# %% ../../nbs/22_gradients.engine.ipynb #94f54425
 def encode(
     model: nn.Module, # The language model
     objective: Objective,
@@ -142,6 +142,8 @@ def encode(
     "Inner products of directions with the gradient of every row. Raises InputError for an unknown kind or engine."
     check_choice("kind", kind, KINDS)
     check_choice("engine", engine, ("auto", "jvp", "loop"))
+    if directions.shape[-1] != space.n or directions.ndim > 2:
+        raise InputError(f"directions: shape {tuple(directions.shape)} does not fit a space of {space.n:,} entries; give ({space.n},) or (K, {space.n})")
     directions = directions.reshape(-1, space.n)
     if not len(frame):
         return directions.new_zeros((0, len(directions)))

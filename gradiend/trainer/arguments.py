@@ -91,7 +91,7 @@ def _check_schedule(a: "TrainingArguments") -> None:
     if isinstance(a.gradient_scale, str): check_choice("gradient_scale", a.gradient_scale, ["auto"])
     else: _number("gradient_scale", a.gradient_scale, 0, open_low=True)
 
-# %% ../../nbs/50_trainer.arguments.ipynb #c8136bb9
+# %% ../../nbs/50_trainer.arguments.ipynb #ca863f6f
 def _check_verdict(a: "TrainingArguments") -> None:
     "Seeds, convergence, selection of the rewrite."
     _whole("max_seeds", a.max_seeds, 1)
@@ -104,7 +104,7 @@ def _check_verdict(a: "TrainingArguments") -> None:
     _number("convergent_score_threshold", a.convergent_score_threshold, 0, 1)
     if a.convergent_mean_by_class_threshold is not None:
         _number("convergent_mean_by_class_threshold", a.convergent_mean_by_class_threshold, 0)
-    _number("lms_ratio", a.lms_ratio, 0)
+    _number("lms_ratio", a.lms_ratio, 0, 1)
     if a.decoder_eval_lrs is not None and not a.decoder_eval_lrs:
         raise InputError("decoder_eval_lrs=() holds no learning rate: give some, or None for the usual grid")
     for lr in a.decoder_eval_lrs or (): _number("decoder_eval_lrs", lr, 0, open_low=True)

@@ -6,14 +6,14 @@
 __all__ = ['training_space', 'model_config', 'post_pruned', 'language_modelling_texts', 'TrainerState', 'load_pair',
            'TextPredictionTrainer', 'only_class']
 
-# %% ../../nbs/85_trainer.text.ipynb #66e92b51
+# %% ../../nbs/85_trainer.text.ipynb #3f7dc965
 import warnings
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core import InputError
+from ..core import InputError, check_choice
 from ..data.examples import Examples, make_examples, neutral_examples
 from ..data.sources import read_texts
 from ..delta import Delta
@@ -29,9 +29,9 @@ from .seeds import SeedReport, train_seeds
 from ..visualizer.convergence import plot_training_convergence
 from ..visualizer.decoder import plot_probability_shifts
 from ..visualizer.encoder import plot_encoder_distributions
-from ..zoo import load, model_fingerprint
+from ..zoo import load, model_fingerprint, model_name
 
-# %% ../../nbs/85_trainer.text.ipynb #3f8d7b18
+# %% ../../nbs/85_trainer.text.ipynb #d54d1e7f
 def training_space(
     model: PreTrainedModel,
     objective: Objective,
@@ -52,7 +52,7 @@ def model_config(
     args: TrainingArguments,
 ) -> GradiendConfig:
     "What a GRADIEND trained with these things has to know about itself."
-    base = {"name": model.config._name_or_path, "revision": getattr(model.config, "_commit_hash", None), "fingerprint": model_fingerprint(model)}
+    base = {"name": model_name(model), "revision": getattr(model.config, "_commit_hash", None), "fingerprint": model_fingerprint(model)}
     return GradiendConfig(pair=examples.pair, source=args.source, target=args.target, latent_dim=args.latent_dim, activation_encoder=args.activation_encoder,
                           activation_decoder=args.activation_decoder, bias_decoder=args.bias_decoder, mask=examples.mask, objective=objective.name, base_model=base)
 
@@ -78,7 +78,7 @@ def language_modelling_texts(
     warnings.warn("eval_neutral_data is missing: the language modelling score is measured on the test sentences, with the target words left out; give neutral sentences for an independent measure", stacklevel=3)
     return list(dict.fromkeys(examples.select("test").frame["text"]))
 
-# %% ../../nbs/85_trainer.text.ipynb #1bb4d981
+# %% ../../nbs/85_trainer.text.ipynb #24cc2b2f
 class TrainerState:
     "A language model, its data and its arguments; later the trained GRADIEND and how it came about."
 
@@ -99,6 +99,8 @@ class TrainerState:
         self.objective: Objective = masked_lm(self.tokenizer, mask=mask)
         self.examples = make_examples(data, pair=target_classes, mask=mask, seed=self.args.seed)
         self.neutral = [] if eval_neutral_data is None else list(read_texts(eval_neutral_data))
+        if run_id is not None and self.args.experiment_dir is None:
+            raise InputError(f"run_id={run_id!r} names a sub-folder of args.experiment_dir, and that is not set; set it, or leave run_id out")
         self.folder = None if self.args.experiment_dir is None else Path(self.args.experiment_dir) / (run_id or "")
         self.gradiend: GradiendModel | None = None
         self.report: SeedReport | None = None
@@ -127,7 +129,7 @@ class TrainerState:
         "Where a figure of this run goes; None without an experiment folder."
         return None if self.folder is None else self.folder / "figures" / f"{name}.png"
 
-# %% ../../nbs/85_trainer.text.ipynb #1393a4f7
+# %% ../../nbs/85_trainer.text.ipynb #729bbbda
 def load_pair(
     model: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -139,9 +141,11 @@ def load_pair(
         return load(model)
     if tokenizer is None:
         raise InputError("tokenizer: a loaded model needs its tokenizer; pass tokenizer=..., or give the model by name")
+    if model.get_output_embeddings() is None:
+        raise InputError(f"model: {type(model).__name__} has no language-modelling head; load it with AutoModelForMaskedLM")
     return tokenizer, model.eval()
 
-# %% ../../nbs/85_trainer.text.ipynb #9a63368c
+# %% ../../nbs/85_trainer.text.ipynb #d0c6f1c3
 class TextPredictionTrainer(TrainerState):
     "The workflow of the paper (sections 3.2 to 3.4) behind one object: train, evaluate, rewrite."
 
@@ -166,7 +170,7 @@ class TextPredictionTrainer(TrainerState):
         "Find how far the base model can be moved towards one class or both, draw it if asked (paper, Figure 4)."
         texts = language_modelling_texts(self.neutral, self.examples)
         result = evaluate_decoder(self.get_model(), self.base_model, self.objective, self.examples, lms_texts=texts, target_class=target_class,
-                                  lrs=lrs or self.args.decoder_eval_lrs, split=split, lms_ratio=self.args.lms_ratio, max_size=max_size,
+                                  lrs=self.args.decoder_eval_lrs if lrs is None else lrs, split=split, lms_ratio=self.args.lms_ratio, max_size=max_size,
                                   batch_size=self.args.eval_batch_size, seed=self.args.seed, progress=True)
         if plot:
             plot_probability_shifts(result, output=self.figure_file("decoder"))
@@ -179,8 +183,12 @@ class TextPredictionTrainer(TrainerState):
 
     def rewrite_base_model(self, *, decoder_results: DecoderResult | None = None, target_class: str | None = None, output_dir: str | Path | None = None) -> PreTrainedModel:
         "A changed copy of the base model that favours a class; saved with its tokenizer if `output_dir` is given (paper, section 3.4)."
-        results = decoder_results or self.evaluate_decoder(target_class=target_class)
-        name = target_class or only_class(results)
+        if decoder_results is None and target_class is None:
+            raise InputError(f"target_class: say which class to strengthen, one of {', '.join(self.examples.pair)}")
+        results = self.evaluate_decoder(target_class=target_class) if decoder_results is None else decoder_results
+        name = only_class(results) if target_class is None else check_choice("target_class", target_class, results.selections)
+        if not results[name]["passes"]:
+            warnings.warn(f"the base model is not changed: {results[name]['reason']}", stacklevel=2)
         return rewrite_model(self.base_model, self.delta(results, name), output_dir=output_dir, tokenizer=self.tokenizer, details=dict(results[name]))
 
 # %% ../../nbs/85_trainer.text.ipynb #2f124bd7
