@@ -11,11 +11,20 @@ if TYPE_CHECKING:
     from gradiend.data.creation import TextPredictionDataCreator as TextPredictionDataCreator
     from gradiend.data.examples import Examples as Examples
     from gradiend.data.examples import make_examples as make_examples, neutral_examples as neutral_examples
-    from gradiend.data.filters import TextFilterConfig as TextFilterConfig
+    from gradiend.data.forms import Columns as Columns
+    from gradiend.data.output import TrainingData as TrainingData, load_created as load_created
+    from gradiend.data.tags import SpacyTagSpec as SpacyTagSpec
+    from gradiend.data.targets import PairedTextFilterConfig as PairedTextFilterConfig
+    from gradiend.data.targets import TextFilterConfig as TextFilterConfig
+    from gradiend.data.text import TextPreprocessConfig as TextPreprocessConfig
     from gradiend.delta import Delta as Delta
     from gradiend.evaluator.decoder import DecoderResult as DecoderResult, evaluate_decoder as evaluate_decoder
     from gradiend.evaluator.encoder import EncoderResult as EncoderResult, evaluate_encoder as evaluate_encoder
-    from gradiend.gradients.objectives import masked_lm as masked_lm
+    from gradiend.gradients.check import check_model as check_model, estimate as estimate
+    from gradiend.gradients.engine import accumulate as accumulate, encode as encode
+    from gradiend.gradients.engine import pair_gradients as pair_gradients, row_gradients as row_gradients
+    from gradiend.gradients.objectives import masked_lm as masked_lm, objective_for as objective_for
+    from gradiend.gradients.store import GradientStore as GradientStore, write_store as write_store
     from gradiend.gradients.space import ParameterSpace as ParameterSpace
     from gradiend.model import GradiendModel as GradiendModel
     from gradiend.overlap import OverlapResult as OverlapResult, topk_overlap as topk_overlap
@@ -33,9 +42,15 @@ if TYPE_CHECKING:
 _modules = ("corpora", "zoo")
 _names = {
     "InputError": "core", "MissingExtraError": "core",
-    "TextPredictionDataCreator": "data.creation", "TextFilterConfig": "data.filters",
+    "TextPredictionDataCreator": "data.creation", "TextFilterConfig": "data.targets",
+    "PairedTextFilterConfig": "data.targets", "SpacyTagSpec": "data.tags", "TextPreprocessConfig": "data.text",
+    "Columns": "data.forms", "TrainingData": "data.output", "load_created": "data.output",
     "Examples": "data.examples", "make_examples": "data.examples", "neutral_examples": "data.examples",
     "ParameterSpace": "gradients.space", "masked_lm": "gradients.objectives",
+    "objective_for": "gradients.objectives", "accumulate": "gradients.engine", "encode": "gradients.engine",
+    "pair_gradients": "gradients.engine", "row_gradients": "gradients.engine",
+    "check_model": "gradients.check", "estimate": "gradients.check", "GradientStore": "gradients.store",
+    "write_store": "gradients.store",
     "PrePruneConfig": "pruning", "PostPruneConfig": "pruning",
     "GradiendModel": "model", "Delta": "delta",
     "TrainingArguments": "trainer.arguments", "TextPredictionTrainer": "trainer.text",

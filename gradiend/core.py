@@ -63,7 +63,7 @@ def optional_import(
         if e.name is None or e.name.split(".")[0] != package: raise
         raise MissingExtraError(f'{package} is needed for {purpose}: pip install "gradiend[{extra}]"') from e
 
-# %% ../nbs/00_core.ipynb #62acc690
+# %% ../nbs/00_core.ipynb #fe4b0d45
 def _put(h: Any, tag: str, payload: bytes) -> None:
     "Feed one tagged, length-prefixed piece into the hash `h`."
     h.update(f"{tag}:{len(payload)}:".encode())
@@ -71,12 +71,12 @@ def _put(h: Any, tag: str, payload: bytes) -> None:
 
 
 def _put_strings(h: Any, strings: list[str]) -> None:
-    "Feed a long list of strings at once: their lengths, then their bytes."
-    encoded = [s.encode("utf-8", "surrogatepass") for s in strings]
-    _put(h, "strings", np.array([len(b) for b in encoded], dtype="<i8").tobytes())
-    _put(h, "bytes", b"".join(encoded))
+    "Feed a long list of strings at once: their lengths in bytes, then their bytes."
+    sizes = [len(s) if s.isascii() else len(s.encode("utf-8", "surrogatepass")) for s in strings]
+    _put(h, "strings", np.array(sizes, dtype="<i8").tobytes())
+    _put(h, "bytes", "".join(strings).encode("utf-8", "surrogatepass"))
 
-# %% ../nbs/00_core.ipynb #fdeee07c
+# %% ../nbs/00_core.ipynb #47584806
 def _put_array(h: Any, x: np.ndarray) -> None:
     "Feed a numpy array: element type, shape, bytes."
     if x.dtype.hasobject: return _feed(h, x.tolist())
@@ -99,9 +99,11 @@ def _put_frame(h: Any, frame: Any) -> None:
     for i, name in enumerate(frame.columns):
         _feed(h, name)
         column = frame.iloc[:, i]
-        numeric = isinstance(column.dtype, np.dtype) and column.dtype.kind in "biuf"
-        if numeric: _put_array(h, column.to_numpy())
-        elif all(isinstance(v, str) for v in column): _put_strings(h, list(column))
+        if isinstance(column.dtype, np.dtype) and column.dtype.kind in "biuf":
+            _put_array(h, column.to_numpy())
+            continue
+        values = column.tolist()
+        if all(issubclass(kind, str) for kind in set(map(type, values))): _put_strings(h, values)
         else: _feed(h, column.astype(object).where(column.notna(), None).tolist())
 
 # %% ../nbs/00_core.ipynb #bafc5acd

@@ -1,11 +1,17 @@
 "Edge cases of gradiend.data.examples, on the exported package."
+import warnings
+from collections import Counter
+
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gradiend.core import InputError
+from gradiend.data.alternatives import dictionary_forms, draw_words, in_place, starts_sentence
 from gradiend.data.examples import COLUMNS, Examples, gradient_labels, make_examples, neutral_examples
-from gradiend.data.sources import write_table
+from gradiend.data.tables import write_table
 
 
 def table(rows, **columns):
@@ -30,7 +36,7 @@ def test_signs_for_all_sources():
 
 
 @pytest.mark.parametrize("word, masked, expected", [
-    ("He", "[MASK] ran.", "They"), ("he", "[MASK] ran.", "they"), ("He", "A God that [MASK] is.", "They"), ("HE", "[MASK] RAN.", "They"),
+    ("He", "[MASK] ran.", "They"), ("he", "[MASK] ran.", "they"), ("He", "A God that [MASK] is.", "They"), ("HE", "[MASK] RAN.", "THEY"),
     ("he", '"Go!" [MASK] said.', "they"), ("He", '"[MASK] ran," I said.', "They"),
 ])
 def test_capital_follows_the_factual_word(word, masked, expected):
@@ -131,3 +137,288 @@ def test_neutral_rows():
     assert set(frame.factual) <= {"The", "cat", "slept"} and frame.split.eq("test").all()
     assert (frame.factual == frame.alternative).all() and frame.masked.str.count(r"\[MASK\]").eq(1).all()
     assert neutral_examples(pd.DataFrame({"text": ["big cat"]}), mask="<m>").masked.str.contains("<m>").all()
+
+
+# --- the same data in two forms ---
+
+SINGULAR, PLURAL = ["He", "he", "she", "It", "it", "I"], ["they", "They", "we", "We"]
+ROW = st.tuples(st.sampled_from(["", "So ", "He left. ", "\"Go!\" ", "Äh, "]), st.sampled_from([" ran", " fell.", " saw it, too"]), st.integers(0, 30))
+ROWS = st.tuples(st.lists(st.tuples(ROW, st.sampled_from(SINGULAR)), min_size=1, max_size=12), st.lists(st.tuples(ROW, st.sampled_from(PLURAL)), min_size=1, max_size=12))
+
+
+def merged(rows):
+    return table([(f"{a}[MASK]{b} {n}", w, c) for c, own in zip("sp", rows, strict=True) for (a, b, n), w in own])
+
+
+@settings(max_examples=10, deadline=None)
+@given(ROWS, st.randoms(use_true_random=False), st.integers(0, 3))
+def test_same_data_in_two_forms_is_the_same_table(rows, random, seed):
+    whole = merged(rows)
+    expected = make_examples(whole, seed=seed, pair=("s", "p"))
+    order = [0] * len(rows[0]) + [1] * len(rows[1])
+    random.shuffle(order)
+    turn = [iter(np.flatnonzero(whole.label_class == c)) for c in "sp"]
+    mixed = whole.iloc[[next(turn[i]) for i in order]]            # classes mixed, each in its order
+    own = {c: whole[whole.label_class == c] for c in "sp"}
+    forms = [mixed, own, {c: own[c].rename(columns={"label": c}).drop(columns="label_class") for c in "ps"}, mixed.to_dict("records"),
+             {c: t.drop(columns="label_class").rename(columns={"label": "token"}) for c, t in own.items()},
+             expected.frame.drop(columns=["alternative", "alternative_class", "transition", "text"]), expected]
+    for form in forms:
+        made = make_examples(form, seed=seed, pair=("s", "p"), all_classes=["s", "p"])
+        assert made.frame.equals(expected.frame) and made.fingerprint == expected.fingerprint
+
+
+@settings(max_examples=25, deadline=None)
+@given(ROWS, st.integers(0, 5), st.integers(1, 3))
+def test_promises_of_a_row(rows, seed, k):
+    whole = merged(rows)
+    ex = make_examples(whole, seed=seed, max_alternatives=k, pair=("s", "p"))
+    frame, words = ex.frame, {c: {w.lower() for w in whole.label[whole.label_class == c]} for c in "sp"}
+    for row in frame.itertuples():
+        assert row.text == row.masked.replace("[MASK]", row.factual) and row.text.replace(row.factual, "[MASK]", 1).count("[MASK]") == 1
+        assert {row.factual_class, row.alternative_class} == {"s", "p"} and row.alternative.lower() in words[row.alternative_class]
+        assert row.alternative == "I" or row.alternative[1:].islower()
+        assert row.transition == f"{row.factual_class}→{row.alternative_class}"
+    assert frame.groupby("text").split.nunique().max() == 1       # no sentence in two splits
+    assert not frame.duplicated(["masked", "factual", "alternative"]).any()
+    assert frame.groupby(["masked", "factual"]).size().max() <= k
+    assert len(frame.drop_duplicates(["masked", "factual"])) == len(whole.drop_duplicates(["masked", "label"]))
+    assert make_examples(whole, seed=seed, max_alternatives=k, pair=("s", "p")).fingerprint == ex.fingerprint
+
+
+def test_lexicon_pairs_and_explicit_alternatives_agree():
+    wide = pd.DataFrame({"masked": ["[MASK] ran.", "The [MASK] ran.", "So the [MASK] fell."], "label_class": ["m", "m", "f"], "m": ["Actor", "king", "waiter"],
+                         "f": ["actress", "queen", "waitress"]})
+    told = pd.DataFrame({"masked": wide.masked, "factual": ["Actor", "king", "waitress"], "factual_class": wide.label_class,
+                         "alternative": ["Actress", "queen", "waiter"], "alternative_class": ["f", "f", "m"]})
+    pairs = told.set_axis(["masked", "source", "source_id", "target", "target_id"], axis=1)
+    by_class = {"m": wide[:2].drop(columns="label_class"), "f": wide[2:].drop(columns="label_class")}
+    made = [make_examples(d) for d in (wide, told, pairs, by_class, told.rename(columns={"factual": "label", "factual_class": "label_class"}))]
+    assert len({m.fingerprint for m in made}) == 1 and made[0].frame.columns.tolist() == list(COLUMNS)
+    gap = wide.assign(f=["", "queen", "waitress"])                # a gap in the lexicon is filled by a draw
+    assert make_examples(gap).frame.alternative.tolist() == ["Waitress", "queen", "waiter"]
+
+
+def test_a_column_that_only_has_the_name_of_a_class_is_kept():
+    frame = make_examples(AB.assign(p=[0, 0, 1, 1])).frame
+    assert frame.p.tolist() == [0, 0, 1, 1] and frame.equals(make_examples(AB).frame.assign(p=[0, 0, 1, 1]))
+
+
+# --- casing ---
+
+def slow_start(before):
+    "Whether a word after `before` starts a sentence, letter by letter."
+    rest = before
+    while rest and (rest[-1].isspace() or rest[-1] in "\"'“„‘‚»«([¿¡"): rest = rest[:-1]
+    gap = before[len(rest):]
+    if not rest: return True
+    end = rest
+    while end and end[-1] in "\"'”’»)]": end = end[:-1]
+    # the closing marks may also have been taken for opening ones above
+    closing = gap[:len(gap) - len(gap.lstrip("\"'”’»)]"))]
+    if end and end[-1] in ".!?…" and any(ch.isspace() for ch in gap[:len(closing) + 1]): return True
+    if rest[-1] in ",:":
+        bare = gap.lstrip()
+        return gap != bare and bare[:1] in "\"“„»«" and bare[:1] != ""
+    return False
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("ab .!,:\"“(”", max_size=7))
+def test_starts_of_sentences(before):
+    assert starts_sentence(pd.Series([before + "[MASK] went."]), "[MASK]").tolist() == [slow_start(before)]
+
+
+@pytest.mark.parametrize("words, starts, classes, expected", [
+    (["Häuser", "Tage", "Er", "sie"], [True, False, True, False], ["n", "n", "p", "p"], {"Häuser": "Häuser", "Er": "er"}),
+    (["I", "My", "my"], [False, True, True], None, {"I": "I", "My": "my"}), (["Me", "I"], [True, False], None, {"Me": "me"}),
+    (["US", "US", "us"], [False, False, False], None, {"US": "US", "us": "US"}), (["der", "Der", "DER"], [False, True, False], None, {"Der": "der", "DER": "der"}),
+])
+def test_dictionary_forms(words, starts, classes, expected):
+    forms = dictionary_forms(words, starts, classes)
+    assert {w: forms[w] for w in expected} == expected
+
+
+def test_german_nouns_keep_their_capital():
+    rows = [("Das [MASK] steht.", "Haus", "sg"), ("[MASK] stehen.", "Häuser", "pl"), ("Viele [MASK] stehen.", "Türme", "pl"), ("[MASK] steht.", "Haus", "sg")]
+    ex = make_examples(table(rows))
+    assert {w[0].isupper() for w in ex.frame.alternative} == {True} and set(ex.words("pl")) == {"Häuser", "Türme"}
+
+
+def test_i_stays_i_in_every_place():
+    rows = [("[MASK] ran.", "We", "p"), ("so [MASK] ran.", "we", "p"), ("SO [MASK] RAN.", "WE", "p"), ("so [MASK] ran.", "I", "s"), ("[MASK] ran.", "I", "s"),
+            ("She said, \"[MASK] ran.\"", "I", "s")]
+    assert make_examples(table(rows)).frame.alternative.tolist() == ["I", "I", "I", "we", "We", "We"]
+    assert in_place("they", "I", "I", False) == "they" and in_place("they", "I", "I", True) == "They"
+
+
+def test_draws_without_replacement_follow_the_shares():
+    words, counts = ["a", "b", "c", "d"], [1, 2, 3, 4]
+    drawn = draw_words(words, counts, ["x"] * 20000, np.random.default_rng(0), k=2)
+    first = Counter(drawn[:, 0].tolist())
+    assert all(abs(first[i] / 20000 - c / 10) < 0.015 for i, c in enumerate(counts))
+    expected = sum(counts[j] / 10 * counts[0] / (10 - counts[j]) for j in range(1, 4))   # a second, after b, c or d
+    assert abs((drawn[:, 1] == 0).mean() - expected) < 0.015 and (drawn[:, 0] != drawn[:, 1]).all()
+
+
+def test_own_word_is_not_its_alternative():
+    rows = [(f"{i} [MASK] x", w, c) for i in range(40) for w, c in [("der", "nom"), ("die", "dat"), ("der", "dat")]]
+    with pytest.warns(UserWarning, match="40 of 120 rows have the same word"):
+        frame = make_examples(table([(m + c, w, c) for m, w, c in rows])).frame
+    assert (frame.alternative[frame.factual_class == "nom"] == "die").all()
+    assert set(frame.alternative[frame.factual_class == "dat"]) == {"der"}      # the other class has no other word
+
+
+# --- classes ---
+
+FIVE = table([(f"{a} {i} [MASK] {c}", w, c) for i in range(4) for a, w, c in [
+    ("x", "I", "1SG"), ("x", "we", "1PL"), ("x", "you", "2"), ("x", "he", "3SG"), ("y", "she", "3SG"), ("x", "they", "3PL")]])
+MERGE = {"singular": ["1SG", "3SG"], "plural": ["1PL", "3PL"]}
+
+
+def test_merged_classes():
+    ex = make_examples(FIVE, class_merge_map=MERGE)
+    assert ex.pair == ("singular", "plural") and set(ex.frame.raw_factual_class) == {"1SG", "3SG", "1PL", "3PL"}
+    assert set(zip(ex.frame.alternative, ex.frame.raw_alternative_class, strict=True)) == {("I", "1SG"), ("he", "3SG"), ("she", "3SG"), ("we", "1PL"), ("they", "3PL")}
+    assert ex.labels("factual").tolist() == [1.0] * 12 + [-1.0] * 8
+    assert make_examples(FIVE, class_merge_map=MERGE, pair=("plural", "singular")).pair == ("plural", "singular")
+    assert make_examples(FIVE, class_merge_map={"singular": ["1SG", "3SG"]}, pair=("singular", "2")).frame.raw_factual_class.nunique() == 3
+    with pytest.raises(InputError, match="choose two"): make_examples(FIVE, class_merge_map={"singular": ["1SG", "3SG"]})
+    again = make_examples(ex.frame)
+    assert again.fingerprint == make_examples(ex).fingerprint == ex.fingerprint
+
+
+def test_transition_groups():
+    groups = [["1SG", "1PL"], ["3SG", "3PL"]]
+    frame = make_examples(FIVE, class_merge_map=MERGE, transition_groups=groups).frame
+    assert set(zip(frame.raw_factual_class, frame.raw_alternative_class, strict=True)) == {("1SG", "1PL"), ("1PL", "1SG"), ("3SG", "3PL"), ("3PL", "3SG")}
+    some = make_examples(FIVE, class_merge_map=MERGE, transition_groups=groups[1:])
+    assert set(some.frame.raw_factual_class) == {"3SG", "3PL"} and some.frame.attrs["transitions_dropped"] == 8
+    told = FIVE[FIVE.label_class != "2"].assign(alternative="they", alternative_class="3PL")
+    kept = make_examples(pd.concat([told[told.label_class.isin(["1SG", "3SG"])], FIVE[FIVE.label_class == "3PL"]]), class_merge_map={"s": ["1SG", "3SG"], "p": ["3PL"]},
+                         transition_groups=[["3SG", "3PL"], ["1SG"]])
+    assert set(kept.frame.raw_factual_class) == {"3SG", "3PL"} and kept.frame.attrs["transitions_dropped"] == 4
+    for bad, message in [([["1SG", "1PL"], ["1SG", "3PL"]], "in two groups"), ([["1SG", "3PLU"]], "'3PLU' is not known: did you mean '3PL'"), ([["1SG", "3SG"]], "allows no transition")]:
+        with pytest.raises(InputError, match=message): make_examples(FIVE, class_merge_map=MERGE, transition_groups=bad)
+
+
+def test_contradicting_merges():
+    for bad, message in [({"a": ["1SG"], "b": ["1SG"]}, "puts '1SG' into 'a' and 'b'"), ({"a": ["9"]}, "class_merge_map='9' is not known"), ({"2": ["1SG"], "b": ["1PL"]}, "not merged")]:
+        with pytest.raises(InputError, match=message): make_examples(FIVE, class_merge_map=bad)
+
+
+def test_identity_rows():
+    ex = make_examples(FIVE, pair=("3SG", "3PL"), identity_rows=True)
+    without = make_examples(FIVE, pair=("3SG", "3PL"))
+    others = ex.frame[~ex.frame.factual_class.isin(ex.pair)]
+    assert (others.factual == others.alternative).all() and (others.factual_class == others.alternative_class).all() and len(others) == 12
+    assert not ex.labels("alternative")[others.index].any() and set(others.transition) == {"1SG→1SG", "1PL→1PL", "2→2"}
+    own = ex.frame.drop(index=others.index).reset_index(drop=True)
+    assert own.equals(without.frame)                               # the rows of the pair do not depend on them
+    assert make_examples(ex).fingerprint == ex.fingerprint
+
+
+def test_all_classes_and_their_order():
+    ex = make_examples(FIVE, all_classes=["3PL", "3SG"])
+    assert ex.pair == ("3PL", "3SG") and ex.frame.factual_class.tolist() == ["3PL"] * 4 + ["3SG"] * 8
+    assert set(make_examples(FIVE, all_classes=["3PL", "2", "3SG"], pair=("3SG", "3PL"), identity_rows=True).frame.factual_class) == {"3PL", "2", "3SG"}
+    with pytest.raises(InputError, match="all_classes='3Pl' is not known: did you mean '3PL'"): make_examples(FIVE, all_classes=["3SG", "3Pl"])
+
+
+def test_small_classes_are_never_dropped_in_silence():
+    with pytest.raises(InputError, match="min_rows_per_class=5 rows: 1SG, 1PL, 2, 3PL .rows of each class: 1SG: 4, 1PL: 4, 2: 4, 3SG: 8, 3PL: 4"):
+        make_examples(FIVE, min_rows_per_class=5)
+    with pytest.raises(InputError, match="rows: 3PL .rows of each class: 3SG: 8, 3PL: 4"): make_examples(FIVE, pair=("3SG", "3PL"), min_rows_per_class=5)
+    with pytest.raises(InputError, match="leaves no rows of 3PL"): make_examples(FIVE, pair=("3SG", "3PL"), min_rows_per_class=5, on_small_class="drop")
+    few = pd.concat([FIVE, FIVE[FIVE.label_class == "3PL"].assign(masked=lambda t: t.masked + "!")])
+    with pytest.warns(UserWarning, match="dropped classes with fewer than 5 rows: 1SG, 1PL, 2 "):
+        assert make_examples(few, min_rows_per_class=5, on_small_class="drop").pair == ("3SG", "3PL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(make_examples(few, pair=("3SG", "3PL"), min_rows_per_class=8)) == 16
+    with pytest.raises(InputError, match="fewer than min_rows_per_class=5"):      # repeated rows do not help
+        make_examples(pd.concat([FIVE, FIVE]), pair=("3SG", "3PL"), min_rows_per_class=5)
+
+
+def test_alternatives_without_a_class():
+    told = FIVE.assign(alternative="they")
+    with pytest.raises(InputError, match="24 rows have an alternative without its class, first 'they': with 5 classes"): make_examples(told, pair=("3SG", "1SG"))
+    two = told[told.label_class != "3PL"]
+    assert set(make_examples(two.assign(alternative="we"), all_classes=["3SG", "1SG"]).frame.alternative_class) == {"3SG", "1SG"}
+
+
+def test_words_of_the_test_are_not_drawn_in_training():
+    words = {"s": ["he", "she", "it", "I"], "p": ["they", "we", "ye", "both"]}
+    frame = table([(f"{i} [MASK] {w}", w, c) for i in range(20) for c, own in words.items() for w in own])
+    made = make_examples(frame, split_by="target").frame
+    seen = {s: set(g.factual.str.lower()) for s, g in made.groupby("split")}
+    assert len(seen) == 3 and not seen["train"] & seen["test"] and not seen["train"] & seen["validation"]
+    assert all(a.lower() in seen[s] for a, s in zip(made.alternative, made.split, strict=True))
+    assert make_examples(make_examples(frame, split_by="target").frame.drop(columns=["alternative", "alternative_class"])).frame.equals(made)
+
+
+def test_rows_of_both_classes_at_once():
+    torn = pd.concat([AB, AB[:1].assign(label_class="p")])
+    with pytest.warns(UserWarning, match="1 rows agree with a row of the other class"): ex = make_examples(torn)
+    assert ex.frame.query("masked == '[MASK] ran.'").factual_class.tolist() == ["s"]
+
+
+def test_caps():
+    many = table([(f"[MASK] saw {i}.", w, c) for i in range(100) for w, c in (("He", "s"), ("They", "p"), ("We", "w"))])
+    ex = make_examples(many, pair=("s", "p"), max_per_class=20, identity_rows=True)
+    assert ex.frame.groupby("factual_class").split.value_counts().unstack().loc[["s", "p", "w"], ["train", "validation", "test"]].to_numpy().tolist() == [[16, 2, 2]] * 3
+    full = make_examples(many, pair=("s", "p"))
+    assert set(ex.frame.masked) < set(full.frame.masked) and make_examples(many, pair=("s", "p"), max_per_class=20, seed=1).fingerprint != ex.fingerprint
+    assert make_examples(many, pair=("s", "p"), max_per_class=1000).fingerprint == full.fingerprint
+    for name in ("max_per_class", "min_rows_per_class", "max_alternatives"):
+        for bad in (0, -1, 1.5, True):
+            with pytest.raises(InputError, match=f"{name}={bad!r} must be a whole number"): make_examples(many, pair=("s", "p"), **{name: bad})
+
+
+# --- splits ---
+
+def test_dividing_anew():
+    words = {"s": ["he", "she", "it", "I"], "p": ["they", "we", "ye", "both"]}
+    frame = table([(f"{i} [MASK] {c}", w, c) for i in range(20) for c, own in words.items() for w in own], split="train", book=[f"b{i % 10}" for i in range(160)])
+    assert set(make_examples(frame).frame.split) == {"train"}
+    by_text = make_examples(frame, split_by="text").frame
+    assert by_text.equals(make_examples(frame.drop(columns="split")).frame) and by_text.split.nunique() == 3
+    by_word = make_examples(frame.assign(masked=lambda t: t.masked + t.label), split_by="target").frame
+    assert by_word.groupby("factual").split.nunique().max() == 1 and by_word.split.nunique() == 3
+    by_book = make_examples(frame.assign(masked=lambda t: t.masked + t.book + t.label), split_by="group", group_column="book").frame
+    assert by_book.groupby("book").split.nunique().max() == 1 and by_book.split.nunique() == 3
+    for options, message in [({"group_column": "book"}, "split_by='group' only"), ({"split_by": "group"}, "group_column"), ({"split_by": "book"}, "split_by='book'"),
+                             ({"split_by": "group", "group_column": "page"}, "'page'"), ({"split_ratios": (0.5, 0.5)}, "split_ratios")]:
+        with pytest.raises(InputError, match=message): make_examples(frame, **options)
+    assert set(make_examples(frame, split_by="text", split_ratios=(0.5, 0.5, 0)).frame.split) == {"train", "validation"}
+
+
+def test_merged_classes_are_what_is_divided():
+    frame = table([(f"{i} [MASK] {w}", w, c) for i in range(9) for w, c in [("I", "1SG"), ("he", "3SG"), ("she", "3SG"), ("we", "1PL"), ("they", "3PL"), ("both", "3PL")]])
+    made = make_examples(frame, class_merge_map=MERGE, split_by="target").frame
+    assert made.groupby("factual").split.nunique().max() == 1 and made.groupby("factual_class").split.nunique().tolist() == [3, 3]
+
+
+# --- placeholders ---
+
+def test_several_placeholders_only_if_asked_for():
+    rows = table([("[MASK] said that [MASK] knew.", "He", "s"), ("So [MASK] and [MASK] ran.", "they", "p"), ("[MASK] and [MASK] ran.", "They", "p")])
+    with pytest.raises(InputError, match="2 times instead of once .3 such rows.*mask_all=True"): make_examples(rows)
+    ex = make_examples(rows, mask_all=True)
+    assert ex.frame.text.tolist() == ["He said that He knew.", "So they and they ran.", "They and They ran."]
+    assert ex.frame.alternative.tolist() == ["They", "he", "He"] and make_examples(ex).fingerprint == ex.fingerprint
+    with pytest.raises(InputError, match="0 times"): make_examples(rows, mask_all=True, mask="<m>")
+    given_text = make_examples(rows.assign(text=["He said that he knew.", "", None]), mask_all=True).frame.text.tolist()
+    assert given_text == ["He said that he knew.", "So they and they ran.", "They and They ran."]
+
+
+def test_data_that_knows_its_placeholder():
+    ex = make_examples(AB.assign(masked=AB.masked.str.replace("[MASK]", "<m>")), mask="<m>")
+    assert make_examples(ex).mask == "<m>" and make_examples(ex).fingerprint == ex.fingerprint
+    turned = Examples(ex.frame, ("p", "s"), "<m>")
+    assert make_examples(turned).pair == ("p", "s")                # the pair of the object, not the order of its rows
+
+
+def test_a_class_that_turns_into_itself_needs_its_alternative():
+    told = AB.assign(alternative_class="p")
+    with pytest.raises(InputError, match="2 rows of class 'p' have no alternative"): make_examples(told)

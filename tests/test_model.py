@@ -9,7 +9,7 @@ import torch
 from gradiend.core import InputError
 from gradiend.data.examples import make_examples
 from gradiend.delta import Delta, load_delta, save_delta
-from gradiend.gradients.engine import KINDS, accumulate, row_gradients
+from gradiend.gradients.engine import KINDS, row_gradients, weighted_sums
 from gradiend.gradients.objectives import masked_lm
 from gradiend.gradients.space import ParameterSpace
 from gradiend.model import GradiendConfig, GradiendModel
@@ -49,7 +49,7 @@ def test_factor_towards_a_class_makes_it_more_likely(tiny, source, target, towar
     rows = examples()
     labels = torch.from_numpy(rows.labels(source))
     signs = torch.stack([c * labels / len(rows) for c in KINDS[target]])[None]
-    ideal = accumulate(base, objective, objective.prepare(rows.frame), signs, space=space)[0]
+    ideal = weighted_sums(base, objective, objective.prepare(rows.frame), signs, space=space)[0]
     gradiend = model_of(space, source=source, target=target, bias_decoder=False).double()
     with torch.no_grad():
         gradiend.decoder_weight[:, 0] = ideal

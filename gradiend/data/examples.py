@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'gradient_labels', 'Examples', 'make_examples', 'neutral_examples']
 
-# %% ../../nbs/13_data.examples.ipynb #e96c0a95
-import os
+# %% ../../nbs/13_data.examples.ipynb #159096fa
 import random
 import re
 import warnings
@@ -14,63 +13,22 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ..core import InputError, check_choice, fingerprint
-from .creation import assign_splits
-from .sources import read_table, read_texts
+from .alternatives import alternatives, class_columns, dictionary_forms, starts_sentence
+from .classes import check_pair, choose_pair, class_names, group_classes
+from .classes import merge_classes, partner_classes, without_small_classes
+from .forms import Columns, long_table
+from .sources import read_texts
+from .splits import check_ratios, split_rows
 
 # %% ../../nbs/13_data.examples.ipynb #3f71af60
 COLUMNS = ("masked", "factual", "alternative", "factual_class", "alternative_class",
            "split", "transition", "text")
-
-# %% ../../nbs/13_data.examples.ipynb #a98eba4a
-def _starts_sentence(masked: pd.Series, mask: str) -> np.ndarray:
-    "True where the placeholder is the first word of a sentence; shape `(rows,)`."
-    start = rf"(?:^|[.!?…][\"'”’)\]]*\s+)[\s\"'“‘(\[]*{re.escape(mask)}"
-    return masked.str.contains(start, regex=True).to_numpy(dtype=bool)
-
-# %% ../../nbs/13_data.examples.ipynb #84ec5ba5
-def _dictionary_forms(words: Iterable[str], starts: Iterable[bool]) -> dict[str, str]:
-    "Each spelling's dictionary form: as in mid-sentence, else small letters unless always in capitals."
-    inside: dict[str, Counter[str]] = {}
-    spellings: dict[str, set[str]] = {}
-    for (word, at_start), n in Counter(zip(words, starts, strict=True)).items():
-        spellings.setdefault(word.lower(), set()).add(word)
-        if not at_start: inside.setdefault(word.lower(), Counter())[word] += n
-    forms = {}
-    for low, seen in spellings.items():
-        if low in inside: form = min(inside[low], key=lambda w: (-inside[low][w], w))
-        else: form = next(iter(seen)) if len(seen) == 1 and min(seen).isupper() else low
-        forms.update(dict.fromkeys(seen, form))
-    return forms
-
-# %% ../../nbs/13_data.examples.ipynb #c1998640
-def _as_in_place(alternative: str, factual: str, factual_form: str, starts: bool) -> str:
-    "Write the dictionary form `alternative` with the capital that the place of `factual` asks for."
-    if factual != factual_form: capital = factual[:1].isupper()
-    else: capital = factual[:1].isupper() and starts
-    return alternative[:1].upper() + alternative[1:] if capital else alternative
-
-# %% ../../nbs/13_data.examples.ipynb #03cd80a1
-def _draw_alternatives(frame: pd.DataFrame, pair: tuple[str, str], mask: str, seed: int) -> list[str]:
-    "An alternative for each row: drawn from the other class's train words, written as the place asks."
-    starts = _starts_sentence(frame.masked, mask)
-    form_of = _dictionary_forms(frame.factual, starts)
-    forms, classes = frame.factual.map(form_of), frame.factual_class.to_numpy()
-    rng = np.random.default_rng(seed)
-    drawn = np.empty(len(frame), dtype=object)
-    for own, other in (pair, pair[::-1]):
-        pool = forms[classes == other]
-        train = pool[frame.split[classes == other] == "train"]
-        share = (train if len(train) else pool).value_counts(normalize=True).sort_index()
-        rows = np.flatnonzero(classes == own)
-        drawn[rows] = rng.choice(share.index.to_numpy(dtype=object), size=len(rows), p=share.to_numpy())
-    return [_as_in_place(*row) for row in zip(drawn, frame.factual, forms, starts, strict=True)]
 
 # %% ../../nbs/13_data.examples.ipynb #374924c1
 def gradient_labels(
@@ -83,7 +41,7 @@ def gradient_labels(
     classes = frame["alternative_class" if source == "alternative" else "factual_class"].to_numpy()
     return (classes == pair[0]).astype(np.float64) - (classes == pair[1]).astype(np.float64)
 
-# %% ../../nbs/13_data.examples.ipynb #b830263b
+# %% ../../nbs/13_data.examples.ipynb #e4730cad
 @dataclass(frozen=True, eq=False, repr=False)
 class Examples:
     "Rows of factual and alternative words and their pair; raises `InputError` for missing columns."
@@ -97,7 +55,7 @@ class Examples:
         if missing:
             raise InputError(f"frame lacks the columns {', '.join(missing)}: build it with make_examples")
         object.__setattr__(self, "frame", self.frame.reset_index(drop=True))
-        object.__setattr__(self, "pair", _checked_pair(self.pair))
+        object.__setattr__(self, "pair", check_pair(self.pair))
 
     def __len__(self) -> int: return len(self.frame)
 
@@ -122,12 +80,12 @@ class Examples:
 
     def words(self, cls: str) -> tuple[str, ...]:
         "Words of a class in dictionary form, most frequent first; raises `InputError` for an unknown class."
-        return _words_of(self.frame, check_choice("cls", cls, _classes(self.frame)), self.mask)
+        return _words_of(self.frame, check_choice("cls", cls, class_names(self.frame)), self.mask)
 
     def classes_frame(self) -> pd.DataFrame:
         "Rows of each class in each split, and its words."
         counts = pd.crosstab(self.frame.factual_class, self.frame.split)
-        counts = counts.reindex(_classes(self.frame), fill_value=0)
+        counts = counts.reindex(class_names(self.frame), fill_value=0)
         counts.insert(0, "words", [", ".join(self.words(str(c))) for c in counts.index])
         return counts.rename_axis(index="class", columns=None)
 
@@ -136,173 +94,202 @@ class Examples:
         "A name for the content: rows, pair and placeholder."
         return fingerprint(self.frame, self.pair, self.mask)
 
-# %% ../../nbs/13_data.examples.ipynb #4ff79605
-def _checked_pair(pair: Any) -> tuple[str, str]:
-    "The pair as a tuple of two different names; raises `InputError`."
-    names = tuple(pair) if isinstance(pair, (tuple, list)) else ()
-    if len(names) != 2 or names[0] == names[1] or not all(isinstance(n, str) and n for n in names):
-        raise InputError(f"pair={pair!r} must name two different classes, such as ('3SG', '3PL')")
-    return names[0], names[1]
-
-
-def _classes(frame: pd.DataFrame) -> list[str]:
-    "Classes in order of first appearance, factual before alternative."
-    columns = [frame[c] for c in ("factual_class", "alternative_class") if c in frame.columns]
-    return [str(c) for c in pd.concat(columns).dropna().drop_duplicates() if c != ""]
-
-
+# %% ../../nbs/13_data.examples.ipynb #8dc62e62
 def _words_of(frame: pd.DataFrame, cls: str, mask: str) -> tuple[str, ...]:
     "Words of a class in dictionary form, most frequent first."
-    starts = _starts_sentence(frame.masked, mask)
+    starts = starts_sentence(frame.masked, mask)
     words, at_start = [], []
     for role in ("factual", "alternative"):
         own = (frame[f"{role}_class"] == cls).to_numpy()
         words += frame.loc[own, role].tolist()
         at_start += starts[own].tolist()
-    forms = _dictionary_forms(words, at_start)
+    forms = dictionary_forms(words, at_start)
     counts = Counter(forms[w] for w in words)
     return tuple(sorted(counts, key=lambda w: (-counts[w], w)))
 
-# %% ../../nbs/13_data.examples.ipynb #b5bf7199
-def _from_tables(tables: Mapping[str, Any]) -> pd.DataFrame:
-    "Join a table per class; the key is the class."
-    if not tables: raise InputError("data is an empty dictionary: give a table for each class")
-    parts = []
-    for cls, table in tables.items():
-        if not isinstance(table, pd.DataFrame):
-            kind = type(table).__name__
-            raise InputError(f"data[{cls!r}] is {kind}: a dictionary must map each class to a table")
-        if "factual" in table.columns: part = table
-        else:
-            others = set(table["label_class"].tolist() if "label_class" in table.columns else []) - {cls}
-            if others:
-                raise InputError(f"data[{cls!r}] holds rows of other classes: {sorted(map(str, others))}")
-            part = table.assign(label_class=cls)
-        part = _long_names(part, f"data[{cls!r}]")
-        part.attrs = {}
-        parts.append(part)
-    return pd.concat(parts, ignore_index=True)
-
-
-def _from_path(path: Path) -> pd.DataFrame:
-    "Read a table, or a folder with one training table or a table for each class."
-    if not path.is_dir(): return _long_names(read_table(path), f"the file {str(path)!r}")
-    endings = (".csv", ".tsv", ".jsonl", ".parquet")
-    files = sorted(f for f in path.iterdir() if f.suffix.lower() in endings and f.name[0] != ".")
-    if not files: raise InputError(f"the folder {str(path)!r} holds no .csv, .tsv, .jsonl or .parquet file")
-    training = [f for f in files if f.stem == "training"]
-    if len(training) == 1: return _from_path(training[0])
-    return _from_tables({f.stem: read_table(f) for f in files})
-
-
-def _long_names(table: pd.DataFrame, name: str) -> pd.DataFrame:
-    "A copy with the column names of `COLUMNS`; raises `InputError` if needed columns are missing."
-    short = {"label": "factual", "label_class": "factual_class"}
-    renamed = table if "factual" in table.columns else table.rename(columns=short)
-    missing = [c for c in ("masked", "factual", "factual_class") if c not in renamed.columns]
-    if missing:
-        raise InputError(f"{name} must have the columns masked, label, label_class (or masked, factual, "
-                         f"factual_class); it has {', '.join(map(str, table.columns))}")
-    return renamed.reset_index(drop=True)
-
-# %% ../../nbs/13_data.examples.ipynb #79f0a39a
-_SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"), **dict.fromkeys(("test", "testing"), "test"),
-    **dict.fromkeys(("validation", "valid", "val", "dev", "development"), "validation")}
-
-
-def _check_rows(frame: pd.DataFrame, mask: str) -> None:
-    "Raise `InputError` naming the first row with an empty cell or without exactly one placeholder."
-    if frame.empty: raise InputError("data holds no rows")
-    for column in ("masked", "factual", "factual_class"):
-        bad = np.flatnonzero([not isinstance(v, str) or not v.strip() for v in frame[column]])
-        if len(bad):
-            raise InputError(f"row {bad[0]} of data has no text in column {column!r} ({len(bad)} such rows)")
+# %% ../../nbs/13_data.examples.ipynb #56f41692
+def _filled(frame: pd.DataFrame, mask: str, mask_all: bool) -> pd.DataFrame:
+    "Check the placeholders and make the column text; raises `InputError` naming the first wrong row."
     counts = frame.masked.str.count(re.escape(mask)).to_numpy()
-    bad = np.flatnonzero(counts != 1)
+    bad = np.flatnonzero(counts == 0 if mask_all else counts != 1)
     if len(bad):
         i = bad[0]
+        several = ", or accept several with mask_all=True" if counts[i] > 1 else ""
         raise InputError(f"row {i} of data has the placeholder {mask!r} {counts[i]} times instead of once "
-                         f"({len(bad)} such rows): {frame.masked[i]!r:.80}; name another one with mask=")
+                         f"({len(bad)} such rows): {frame.masked[i]!r:.80}; name another one with "
+                         f"mask={several}")
+    full = [m.replace(mask, w) for m, w in zip(frame.masked, frame.factual, strict=True)]
+    given = frame.text if "text" in frame.columns else pd.Series(None, index=frame.index, dtype=object)
+    there = given.notna() & (given.astype(str).str.strip() != "")
+    return frame.assign(text=pd.Series(given.where(there, pd.Series(full, index=frame.index)), dtype=str))
+
+# %% ../../nbs/13_data.examples.ipynb #4dcf60ff
+def _with_splits(
+    frame: pd.DataFrame, split_by: str | None, group_column: str | None, ratios: Sequence[float], seed: int,
+) -> tuple[pd.DataFrame, int]:
+    "Keep the splits of the data or divide anew; the number of rows dropped for it. Raises `InputError`."
+    check_ratios(ratios)
+    if group_column is not None and split_by != "group":
+        raise InputError(f"group_column={group_column!r} is used with split_by='group' only: say that too")
+    if split_by is None and "split" in frame.columns:
+        shared = int((frame.groupby("text").split.nunique() > 1).sum())
+        if shared:
+            warnings.warn(f"{shared} texts are in more than one split, so test scores measure memory too: "
+                          "divide by text with split_by='text'", UserWarning, stacklevel=3)
+        return frame, 0
+    frame = frame.drop(columns="split", errors="ignore")
+    return split_rows(frame, split_by=split_by or "text", class_column="factual_class",
+                      target_column="factual", group_column=group_column, ratios=ratios, seed=seed)
+
+# %% ../../nbs/13_data.examples.ipynb #caa57514
+def _of_pair(
+    frame: pd.DataFrame, pair: tuple[str, str], partners: Mapping[str, tuple[str, ...]], grouped: bool,
+) -> tuple[pd.DataFrame, dict[str, int]]:
+    "Rows of the pair that may turn into the other class, none twice; and how many were left out."
+    frame = frame[frame.factual_class.isin(pair)]
+    if "alternative_class" in frame.columns:
+        frame = frame[frame.alternative_class.isin([*pair, "", None])]
+    steps = zip(frame["_raw"], frame["_raw_alternative"], strict=True)
+    free = [bool(partners[r]) and (t in ("", *partners[r]) or (t == r and not grouped)) for r, t in steps]
+    allowed = frame[np.array(free, dtype=bool)]
+    same = [c for c in ("masked", "factual", "alternative") if c in frame.columns]
+    twice = allowed.duplicated(same)
+    torn = int((twice & ~allowed.duplicated([*same, "factual_class"])).sum())
+    if torn:
+        warnings.warn(f"{torn} rows agree with a row of the other class in text and word: the first is kept, "
+                      "as rows of both classes would contradict each other", UserWarning, stacklevel=3)
+    dropped = {"duplicates_dropped": int(twice.sum()), "transitions_dropped": len(frame) - len(allowed)}
+    return allowed[~twice], dropped
 
 
-def _with_splits(frame: pd.DataFrame, seed: int) -> pd.DataFrame:
-    "Unify the split names, or divide by text if there are none; raises `InputError` for unknown names."
-    if "split" not in frame.columns:
-        return frame.assign(split=assign_splits(frame.text.tolist(), frame.factual_class.tolist(), seed=seed))
-    names = {name: str(name).strip().lower() for name in frame.split.unique()}
-    for name, low in names.items():
-        if low not in _SPLIT_NAMES:
-            raise InputError(f"split={name!r} is not known: use train, validation, test")
-    frame = frame.assign(split=frame.split.map({name: _SPLIT_NAMES[low] for name, low in names.items()}))
-    shared = int((frame.groupby("text").split.nunique() > 1).sum())
-    if shared:
-        warnings.warn(f"{shared} texts are in more than one split, so test scores measure memory too: drop "
-                      "the split column to divide by text", UserWarning, stacklevel=3)
-    return frame
+def _capped(frame: pd.DataFrame, limit: int | None, seed: int) -> pd.DataFrame:
+    "At most `limit` rows of each class, drawn from its splits in proportion, in their old order."
+    if limit is None: return frame
+    rng, kept = np.random.default_rng((seed, 1)), []
+    for _, rows in frame.groupby("factual_class", sort=False).indices.items():
+        splits = frame.split.to_numpy()[rows]
+        place = np.empty(len(rows))
+        for s in np.unique(splits):
+            n = int((splits == s).sum())
+            place[splits == s] = (rng.permutation(n) + rng.random()) / n
+        kept.append(rows[np.argsort(place, kind="stable")[:limit]])
+    return frame.iloc[np.sort(np.concatenate(kept))] if kept else frame
 
-# %% ../../nbs/13_data.examples.ipynb #77e8ab01
-def _pair_of(frame: pd.DataFrame, pair: Sequence[str] | None) -> tuple[str, str]:
-    "The pair asked for, or the two classes of the data; raises `InputError` if that leaves a doubt."
-    classes = _classes(frame)
-    if pair is None:
-        if len(classes) == 1:
-            raise InputError(f"data has only one class ({classes[0]!r}): a feature needs two")
-        if len(classes) > 2:
-            listed = ", ".join(classes)
-            raise InputError(f"data has {len(classes)} classes ({listed}): choose two with pair=, "
-                             f"such as pair=({classes[0]!r}, {classes[1]!r})")
-        pair = classes
-    first, second = _checked_pair(pair)
-    return check_choice("pair", first, classes), check_choice("pair", second, classes)
-
-
-def _with_alternatives(frame: pd.DataFrame, pair: tuple[str, str], mask: str, seed: int) -> pd.DataFrame:
-    "Fill in alternatives where there are none; their class is the other one of the pair."
-    absent = [c for c in pair if not (frame.factual_class == c).any()]
-    if absent:
-        raise InputError(f"data has no row whose factual word is {absent[0]!r}: both classes are needed")
+# %% ../../nbs/13_data.examples.ipynb #eca2316e
+def _with_alternatives(
+    frame: pd.DataFrame, pair: tuple[str, str], partners: Mapping[str, tuple[str, ...]], mask: str,
+    seed: int, k: int,
+) -> pd.DataFrame:
+    "A row for each alternative of each row; raises `InputError` where there is none."
+    choices = alternatives(frame, pair, partners, mask=mask, seed=seed, k=k)
+    empty = [i for i, c in enumerate(choices) if not c]
+    if empty:
+        first = frame["_raw"].iat[empty[0]]
+        raise InputError(f"{len(empty)} rows of class {first!r} have no alternative: data has no words of "
+                         f"{', '.join(partners[first])}; give them, or alternatives")
     other = {pair[0]: pair[1], pair[1]: pair[0]}
-    drawn = pd.Series(_draw_alternatives(frame, pair, mask, seed), index=frame.index, dtype=str)
-    nothing = pd.Series(None, index=frame.index, dtype=object)
-    for column, fill in (("alternative", drawn), ("alternative_class", frame.factual_class.map(other))):
-        given = frame[column] if column in frame.columns else nothing
-        frame = frame.assign(**{column: given.where(given.notna() & (given != ""), fill).astype(str)})
+    stay = frame["alternative_class"].tolist() if "alternative_class" in frame.columns else [""] * len(frame)
+    rows = np.repeat(np.arange(len(frame)), [len(c) for c in choices])
+    own = frame.factual_class.tolist()
+    flat = [(word, raw, stay[i] or other[own[i]]) for i, c in enumerate(choices) for word, raw in c]
+    words, raws, classes = zip(*flat, strict=True) if flat else ((), (), ())
+    frame = frame.iloc[rows].assign(alternative=words, _raw_alternative=raws, alternative_class=classes)
+    frame = frame[~frame.duplicated(["masked", "factual", "alternative"])] if k > 1 else frame
+    same = int((frame.factual.str.lower() == frame.alternative.str.lower()).sum())
+    if same:
+        warnings.warn(f"{same} of {len(frame)} rows have the same word as factual and as alternative: their "
+                      "two gradients are equal", UserWarning, stacklevel=3)
     return frame
 
-# %% ../../nbs/13_data.examples.ipynb #b546b060
+# %% ../../nbs/13_data.examples.ipynb #82b2785f
+def _identity(frame: pd.DataFrame, pair: tuple[str, str], limit: int | None, seed: int) -> pd.DataFrame:
+    "Rows of classes outside the pair, each its own alternative, none twice."
+    frame = frame[~frame.factual_class.isin(pair)].drop_duplicates(["masked", "factual"])
+    same = {"alternative": "factual", "alternative_class": "factual_class", "_raw_alternative": "_raw"}
+    return _capped(frame.assign(**{new: frame[old] for new, old in same.items()}), limit, seed)
+
+# %% ../../nbs/13_data.examples.ipynb #835873c4
+def _check_numbers(**numbers: int | None) -> None:
+    "Raise `InputError` for a number that is not whole and positive."
+    for name, value in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise InputError(f"{name}={value!r} must be a whole number, 1 or more")
+
+
+def _check_told(frame: pd.DataFrame) -> None:
+    "Raise `InputError` if alternatives do not say their class, and it could be one of several."
+    classes = class_names(frame)
+    if "alternative" not in frame.columns or len(classes) < 3: return
+    there = [isinstance(w, str) and bool(w.strip()) for w in frame.alternative]
+    unknown = np.flatnonzero(np.array(there) & (frame["_raw_alternative"] == "").to_numpy())
+    if len(unknown):
+        raise InputError(f"{len(unknown)} rows have an alternative without its class, first "
+                         f"{frame.alternative.iat[unknown[0]]!r}: with {len(classes)} classes "
+                         f"({', '.join(classes)}) give the column alternative_class")
+
+
+def _finished(
+    frame: pd.DataFrame, renamed: bool, classes: Iterable[str], notes: dict[str, int],
+) -> pd.DataFrame:
+    "The columns of `COLUMNS`, then those of the user; columns named like classes have served."
+    frame = frame.assign(transition=frame.factual_class + "→" + frame.alternative_class)
+    raw = {"_raw": "raw_factual_class", "_raw_alternative": "raw_alternative_class"}
+    if renamed: frame = frame.drop(columns=list(raw.values()), errors="ignore").rename(columns=raw)
+    served = {*COLUMNS, *raw, *class_columns(frame, classes)}
+    frame = frame[[*COLUMNS, *(c for c in frame.columns if c not in served)]].reset_index(drop=True)
+    frame = frame.astype({c: str for c in COLUMNS})
+    frame.attrs = {k: n for k, n in notes.items() if n or k == "duplicates_dropped"}
+    return frame
+
+# %% ../../nbs/13_data.examples.ipynb #6d6fdf97
 def make_examples(
-    data: Any, # `Examples`, a table, a dictionary class -> table, a file, or a folder
+    data: Any, # `Examples`, or any form that `long_table` accepts
     *,
     pair: Sequence[str] | None = None, # The two classes, the first is +1; needed if there are more
     mask: str = "[MASK]", # The placeholder used in the column masked
-    seed: int = 0, # Decides the alternatives drawn, and the splits if the data has none
+    seed: int = 0, # Decides alternatives, new splits and which rows a cap keeps
+    columns: Columns | Mapping[str, str | None] | None = None, # Names of columns, where they are others
+    paired: bool | None = None, # Rows are pairs source, target; None: if all four columns are there
+    hf_config: str | Sequence[str] | None = None, # Of a hub data set: one table, or several classes
+    revision: str | None = None, # Revision of a hub data set
+    split_by: str | None = None, # Divide anew by "text", "target" or "group"; None: if there are no splits
+    group_column: str | None = None, # For `split_by="group"`
+    split_ratios: Sequence[float] = (0.8, 0.1, 0.1), # Shares of train, validation and test in new splits
+    class_merge_map: Mapping[str, Sequence[str]] | None = None, # New class -> classes that it joins
+    transition_groups: Sequence[Sequence[str]] | None = None, # Classes turn only into others of their group
+    identity_rows: bool = False, # Keep rows of other classes, with their own word as alternative
+    all_classes: Sequence[str] | None = None, # Only these classes of the data, in this order
+    max_per_class: int | None = None, # At most so many rows of each class
+    on_small_class: str = "error", # What to do with a class that is too small: "error" or "drop"
+    min_rows_per_class: int = 1, # A class with fewer rows is too small
+    mask_all: bool = False, # Accept rows with several placeholders
+    max_alternatives: int = 1, # Up to so many rows for each row without a given alternative
 ) -> Examples: # The one table
     "Bring data of any accepted form into the one table; raises `InputError` naming what is wrong."
-    if isinstance(data, Examples): frame = data.frame
-    elif isinstance(data, pd.DataFrame): frame = _long_names(data, "data")
-    elif isinstance(data, Mapping): frame = _from_tables(data)
-    elif isinstance(data, (str, os.PathLike)): frame = _from_path(Path(data).expanduser())
-    else:
-        raise InputError(f"data of type {type(data).__name__} is not understood: give a table, a dictionary "
-                         "of tables or a path")
-    _check_rows(frame, mask)
-    if "text" not in frame.columns:
-        filled = [m.replace(mask, w) for m, w in zip(frame.masked, frame.factual, strict=True)]
-        frame = frame.assign(text=filled)
-    frame = _with_splits(frame, seed)
-    chosen = _pair_of(frame, pair)
-    for column in [c for c in ("factual_class", "alternative_class") if c in frame.columns]:
-        frame = frame[frame[column].isin([*chosen, "", None])].reset_index(drop=True)
-    n = len(frame)
-    same = [c for c in ("masked", "factual", "alternative") if c in frame.columns]
-    frame = frame.drop_duplicates(same, ignore_index=True)
-    dropped = n - len(frame)
-    frame = _with_alternatives(frame, chosen, mask, seed)
-    frame = frame.assign(transition=frame.factual_class + "→" + frame.alternative_class)
-    frame = frame[[*COLUMNS, *(c for c in frame.columns if c not in COLUMNS)]]
-    frame.attrs = {"duplicates_dropped": dropped}
-    return Examples(frame, chosen, mask)
+    _check_numbers(max_per_class=max_per_class, min_rows_per_class=min_rows_per_class,
+                   max_alternatives=max_alternatives)
+    mask = data.mask if isinstance(getattr(data, "mask", None), str) else mask
+    if isinstance(data, Examples):   # what was accepted once is accepted again
+        frame, identity_rows, mask_all = data.frame, True, True
+        pair = data.pair if pair is None and not class_merge_map else pair
+    else: frame = long_table(data, columns=columns, paired=paired, hf_config=hf_config, revision=revision)
+    frame = group_classes(_filled(frame, mask, mask_all), all_classes)
+    frame = group_classes(merge_classes(frame, class_merge_map))   # merged classes stand together too
+    if pair is None and class_merge_map and len(class_merge_map) == 2: pair = tuple(class_merge_map)
+    wanted = None if pair is None else check_pair(pair)
+    frame = without_small_classes(frame, wanted, minimum=min_rows_per_class, on_small_class=on_small_class)
+    frame, moved = _with_splits(frame, split_by, group_column, split_ratios, seed)
+    chosen, classes = choose_pair(frame, wanted), [*class_names(frame), *frame["_raw"].unique()]
+    _check_told(frame)
+    partners = partner_classes(frame, chosen, transition_groups)
+    rows, notes = _of_pair(frame, chosen, partners, bool(class_merge_map or transition_groups))
+    rows = _capped(rows, max_per_class, seed)
+    rows = _with_alternatives(rows, chosen, partners, mask, seed, max_alternatives)
+    if identity_rows:
+        others = _identity(frame, chosen, max_per_class, seed)
+        rows = pd.concat([rows, others]).sort_index(kind="stable")
+    notes["split_dropped"] = moved
+    return Examples(_finished(rows, bool(class_merge_map), classes, notes), chosen, mask)
 
 # %% ../../nbs/13_data.examples.ipynb #840e6e68
 _ORDINARY = re.compile(r"(?<!\w)(?<!\w['’-])[^\W\d_]{2,}(?!\w|['’-]\w)")

@@ -7,7 +7,7 @@ __all__ = ['AUTO_NORM', 'TIE_DIGITS', 'Evaluate', 'Callback', 'class_batches', '
            'gradient_scale', 'EvalPoint', 'has_converged', 'TrainingRun', 'SeedRecord', 'Progress', 'fit',
            'GradientStream', 'gradient_stream', 'validation_encoder']
 
-# %% ../../nbs/51_trainer.loop.ipynb #ee64e1d9
+# %% ../../nbs/51_trainer.loop.ipynb #709aa1f3
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from ..core import InputError, pearson, Readable, progress as progress_bar
 from ..data.examples import Examples
-from ..gradients.engine import accumulate, encode, pair_weights
+from ..gradients.engine import encode, pair_gradients
 from ..gradients.objectives import Objective
 from ..gradients.space import ParameterSpace
 from ..model import GradiendModel
@@ -311,7 +311,7 @@ class _Watched:
         self.seen = (losses[0].detach().mean(), losses[1].detach().mean())
         return losses
 
-# %% ../../nbs/51_trainer.loop.ipynb #556b9cfe
+# %% ../../nbs/51_trainer.loop.ipynb #d88fc9e2
 @dataclass(frozen=True, eq=False)
 class GradientStream:
     "The gradient batches of a training run, computed as they are needed."
@@ -324,10 +324,9 @@ class GradientStream:
 
     def batch(self, positions: Sequence[int] | np.ndarray) -> GradientBatch:
         "Mean source and target gradient of some rows of one class: one forward and two backward passes."
-        watched, kinds = _Watched(self.objective), (self.args.source, self.args.target)
-        prepared, weights = self.objective.prepare(self.frame.iloc[positions]), pair_weights(kinds, len(positions))
-        source, target = accumulate(self.model, watched, prepared, weights, space=self.space)  # type: ignore[arg-type]
-        return GradientBatch(source.detach(), target.detach(), float(self.labels[positions[0]]), *watched.seen)
+        watched, prepared = _Watched(self.objective), self.objective.prepare(self.frame.iloc[positions])
+        source, target = pair_gradients(self.model, watched, prepared, source=self.args.source, target=self.args.target, space=self.space)  # type: ignore[arg-type]
+        return GradientBatch(source, target, float(self.labels[positions[0]]), *watched.seen)
 
     def positions(self) -> Iterator[np.ndarray]:
         "Row positions of every batch, epoch after epoch, without end."

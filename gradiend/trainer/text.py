@@ -6,7 +6,7 @@
 __all__ = ['training_space', 'model_config', 'post_pruned', 'language_modelling_texts', 'TrainerState', 'load_pair',
            'TextPredictionTrainer', 'only_class']
 
-# %% ../../nbs/85_trainer.text.ipynb #3f7dc965
+# %% ../../nbs/85_trainer.text.ipynb #f87fa1be
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from ..data.sources import read_texts
 from ..delta import Delta
 from ..evaluator.decoder import DecoderResult, evaluate_decoder
 from ..evaluator.encoder import EncoderResult, evaluate_encoder
-from ..gradients.objectives import Objective, masked_lm
+from ..gradients.objectives import Objective, objective_for
 from ..gradients.space import ParameterSpace
 from ..model import GradiendConfig, GradiendModel
-from ..pruning import largest, prune_space
+from ..pruning import cut_space, prune_space
 from ..rewrite import rewrite_model
 from .arguments import TrainingArguments
 from .seeds import SeedReport, train_seeds
@@ -56,7 +56,7 @@ def model_config(
     return GradiendConfig(pair=examples.pair, source=args.source, target=args.target, latent_dim=args.latent_dim, activation_encoder=args.activation_encoder,
                           activation_decoder=args.activation_decoder, bias_decoder=args.bias_decoder, mask=examples.mask, objective=objective.name, base_model=base)
 
-# %% ../../nbs/85_trainer.text.ipynb #352e26ca
+# %% ../../nbs/85_trainer.text.ipynb #b48143fe
 def post_pruned(
     model: GradiendModel,
     args: TrainingArguments,
@@ -64,8 +64,8 @@ def post_pruned(
     "The trained model, cut down by `args.post_prune_config` (or as it is, without one)."
     if args.post_prune_config is None:
         return model
-    kept = largest(model.importance(args.post_prune_config.part), args.post_prune_config.topk)
-    return model.keep(model.space.global_index[kept])
+    kept = cut_space(model.space, model.importance(args.post_prune_config.part), args.post_prune_config)
+    return model.keep(kept.global_index)
 
 # %% ../../nbs/85_trainer.text.ipynb #5b2eca1d
 def language_modelling_texts(
@@ -78,7 +78,7 @@ def language_modelling_texts(
     warnings.warn("eval_neutral_data is missing: the language modelling score is measured on the test sentences, with the target words left out; give neutral sentences for an independent measure", stacklevel=3)
     return list(dict.fromkeys(examples.select("test").frame["text"]))
 
-# %% ../../nbs/85_trainer.text.ipynb #24cc2b2f
+# %% ../../nbs/85_trainer.text.ipynb #c11401e5
 class TrainerState:
     "A language model, its data and its arguments; later the trained GRADIEND and how it came about."
 
@@ -93,11 +93,12 @@ class TrainerState:
         target_classes: tuple[str, str] | None = None, # The pair; the first class is encoded towards +1
         run_id: str | None = None, # Sub-folder of `args.experiment_dir` for this run
         mask: str = "[MASK]", # Placeholder in the data
+        **data_options: Any, # Options of `make_examples`: class_merge_map, columns, split_by, max_per_class and the others
     ):
         self.args = args or TrainingArguments()
         self.tokenizer, self.base_model = load_pair(model, tokenizer)
-        self.objective: Objective = masked_lm(self.tokenizer, mask=mask)
-        self.examples = make_examples(data, pair=target_classes, mask=mask, seed=self.args.seed)
+        self.examples = make_examples(data, pair=target_classes, mask=mask, seed=self.args.seed, **data_options)
+        self.objective: Objective = objective_for(self.tokenizer, self.base_model, mask=self.examples.mask)
         self.neutral = [] if eval_neutral_data is None else list(read_texts(eval_neutral_data))
         if run_id is not None and self.args.experiment_dir is None:
             raise InputError(f"run_id={run_id!r} names a sub-folder of args.experiment_dir, and that is not set; set it, or leave run_id out")

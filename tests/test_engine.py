@@ -1,0 +1,381 @@
+"""The engine against one plain backward pass per row, on nine architectures, and the promise that the model comes back as it was."""
+import logging
+import warnings
+from functools import lru_cache
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM
+
+from gradiend.core import InputError
+from gradiend.data.examples import make_examples
+from gradiend.gradients.engine import KINDS, accumulate, encode, mix, pair_gradients, pair_weights, row_gradients, weighted_sums
+from gradiend.gradients.ghost import NotRowAligned
+from gradiend.gradients.objectives import MaskedLM, objective_for
+from gradiend.gradients.space import ParameterSpace
+
+from .tiny import ARCHITECTURES, FLOAT32_INSIDE, tiny_model, tokenizer
+
+ROWS = pd.DataFrame({
+    "masked": ["The drummers lost the beat because [MASK] were watching the crowd.", "We know [MASK] was tired.", "Anna said that [MASK] was late.",
+               "The dogs barked because [MASK] were cold.", "The pilot said that [MASK] was late."],
+    "factual": ["they", "she", "she", "they", "he"],
+    "alternative": ["he", "they", "unhappiness", "it", "they"],  # "unhappiness" falls into more pieces than "she": two inputs for one row
+})
+architectures = pytest.mark.parametrize("kind", ARCHITECTURES)
+tiny = lru_cache(tiny_model)  # no test changes a model
+
+
+def make(kind):
+    words, model = tiny(kind)
+    return model, objective_for(words, model), ParameterSpace.from_model(model)
+
+
+@lru_cache
+def plain_row_gradients(kind):
+    "Factual and alternative gradient `(N, n)` of every row: autograd on one row at a time, nothing shared."
+    model, objective, space = make(kind)
+    named = dict(model.named_parameters())
+    parameters, found = [named[name] for name in space.names], {"factual": [], "alternative": []}
+    for i in range(len(ROWS)):
+        for which, loss in zip(found, objective.losses(model, objective.prepare(ROWS.iloc[[i]])), strict=True):
+            gradients = torch.autograd.grad(loss.sum(), parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+            found[which].append(torch.cat([g.flatten() for g in gradients]))
+    return {which: torch.stack(rows) for which, rows in found.items()}
+
+
+def reference(kind, gradient):
+    return mix(tuple(plain_row_gradients(kind).values()), gradient)
+
+
+def thin(space, step=7):
+    return space.keep(torch.arange(0, space.full_n, step))
+
+
+def check_close(kind, actual, expected):
+    "Float64 all the way through, or float32 inside: then 1e-5 of the largest value."
+    tol = 2e-5 if kind in FLOAT32_INSIDE else 1e-9
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual, expected, rtol=tol, atol=tol * float(expected.abs().max()))
+
+
+def without_tables(space):
+    "A space without the tables of relative positions, which T5 adds to all rows alike."
+    starts = torch.tensor([0, *[torch.Size(s).numel() for s in space.shapes]]).cumsum(0).tolist()
+    kept = [torch.arange(a, b) for name, a, b in zip(space.names, starts[:-1], starts[1:], strict=True) if "relative_attention_bias" not in name]
+    return space.keep(torch.cat(kept))
+
+
+def snapshot(model):
+    "Everything about a model that the engine might touch."
+    return ([(p.requires_grad, p.grad, p.dtype, p.detach().clone()) for p in model.parameters()], [m.training for m in model.modules()],
+            [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()],
+            [len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()], getattr(getattr(model, "config", None), "_attn_implementation", None))
+
+
+def same(a, b):
+    parameters = all(x[0] == y[0] and x[1] is y[1] and x[2] == y[2] and torch.equal(x[3], y[3]) for x, y in zip(a[0], b[0], strict=True))
+    return parameters and a[1:] == b[1:]
+
+
+@architectures
+@pytest.mark.parametrize("engine", ["ghost", "jvp"])
+def test_encode_equals_one_backward_per_row(kind, engine):
+    model, objective, full = make(kind)
+    full = without_tables(full) if kind == "t5" and engine == "ghost" else full
+    sparse = full.keep(full.global_index[::7])
+    few, many = [(sparse, "alternative", 1, 4), (full, "factual", 3, 3)], [(full, "diff", 6, 5)]  # many directions take another way through linear layers
+    for space, gradient, k, size in few + (many if engine == "ghost" else []):
+        directions = torch.randn(k, space.n, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+        found = encode(model, objective, ROWS, directions, space=space, kind=gradient, engine=engine, batch_size=size)
+        check_close(kind, found, reference(kind, gradient)[:, space.global_index] @ directions.T)
+
+
+@architectures
+def test_auto_always_has_the_answer(kind, caplog):
+    model, objective, space = make(kind)
+    direction = torch.randn(space.n, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    with caplog.at_level(logging.DEBUG, logger="gradiend.gradients.engine"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = encode(model, objective, ROWS, direction, space=space, kind="diff")
+    check_close(kind, found, reference(kind, "diff") @ direction[:, None])
+    assert f"engine {'jvp' if kind == 't5' else 'ghost'}, 5 rows" in caplog.text
+    if kind == "t5": assert "relative_attention_bias" in caplog.text
+
+
+@architectures
+def test_sums_equal_the_sums_of_row_gradients(kind):
+    model, objective, full = make(kind)
+    factual, alternative = plain_row_gradients(kind).values()
+    weights = torch.randn(2, 2, len(ROWS), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for space in (full, thin(full)):
+        g = space.global_index
+        check_close(kind, weighted_sums(model, objective, objective.prepare(ROWS), weights, space=space), (weights[:, 0] @ factual + weights[:, 1] @ alternative)[:, g])
+        check_close(kind, accumulate(model, objective, ROWS, weights[0, 0], weights[0, 1], space=space, batch_size=2), (weights[0, 0] @ factual + weights[0, 1] @ alternative)[g])
+        source, target = pair_gradients(model, objective, objective.prepare(ROWS), source="alternative", target="diff", space=space)
+        check_close(kind, source, alternative.mean(0)[g])
+        check_close(kind, target, (factual - alternative).mean(0)[g])
+
+
+@architectures
+@pytest.mark.parametrize("engine", ["ghost", "loop"])
+def test_row_gradients_equal_a_plain_backward(kind, engine):
+    model, objective, full = make(kind)
+    full = without_tables(full) if kind == "t5" else full
+    for space, gradient in ((full, "diff"), (full.keep(full.global_index[::5]), "alternative")):
+        check_close(kind, row_gradients(model, objective, ROWS, space=space, kind=gradient, engine=engine, batch_size=3), reference(kind, gradient)[:, space.global_index])
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "t5"])
+def test_encode_equals_finite_differences(kind):
+    model, objective, space = make(kind)
+    direction = torch.randn(space.n, generator=torch.Generator().manual_seed(3), dtype=torch.float64) / space.n**0.5
+    dense, named = space.dense(direction), dict(model.named_parameters())
+
+    def losses(t: float):
+        moved = {name: named[name].detach() + t * d for name, d in dense.items()}
+        with torch.no_grad(): return torch.func.functional_call(_Wrapped(model, objective), {f"model.{n}": p for n, p in moved.items()}, (objective.prepare(ROWS),))
+
+    step = 1e-3 if kind in FLOAT32_INSIDE else 1e-5
+    expected = (losses(step) - losses(-step)) / (2 * step)
+    torch.testing.assert_close(encode(model, objective, ROWS, direction, space=space)[:, 0], expected, rtol=1e-3 if kind in FLOAT32_INSIDE else 1e-6, atol=1e-3 if kind in FLOAT32_INSIDE else 1e-7)
+
+
+class _Wrapped(nn.Module):
+    def __init__(self, model, objective):
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch): return self.objective.losses(self.model, batch)[0]
+
+
+class Broken(MaskedLM):
+    "Its losses fail after the forward pass."
+    def losses(self, model, batch):
+        super().losses(model, batch)
+        raise RuntimeError("no losses today")
+
+
+CALLS = {
+    "ghost": lambda m, o, s: encode(m, o, ROWS, torch.ones(s.n), space=s, engine="ghost"),
+    "jvp": lambda m, o, s: encode(m, o, ROWS, torch.ones(s.n), space=s, engine="jvp"),
+    "loop": lambda m, o, s: encode(m, o, ROWS, torch.ones(s.n), space=s, engine="loop"),
+    "rows": lambda m, o, s: row_gradients(m, o, ROWS, space=s),
+    "sums": lambda m, o, s: accumulate(m, o, ROWS, torch.ones(5), torch.ones(5), space=s),
+    "pair": lambda m, o, s: pair_gradients(m, o, o.prepare(ROWS), source="factual", target="factual", space=s),
+}
+
+
+@pytest.mark.parametrize("call", list(CALLS))
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_the_model_is_as_before_also_after_an_exception(kind, call):
+    words, model = tiny_model(kind, dtype=torch.float32)
+    for i, p in enumerate(model.parameters()):  # in the middle of somebody's training
+        p.requires_grad_(i % 3 > 0)
+        p.grad = torch.ones_like(p) if i % 2 else None
+    model.train()
+    next(iter(model.base_model.children())).eval()
+    before, space = snapshot(model), thin(ParameterSpace.from_model(model))
+    CALLS[call](model, MaskedLM(words), space)
+    assert same(before, snapshot(model))
+    with pytest.raises(RuntimeError, match="no losses today"): CALLS[call](model, Broken(words), space)
+    assert same(before, snapshot(model))
+    with torch.no_grad(): assert torch.isfinite(torch.as_tensor(CALLS[call](model, MaskedLM(words), space)[0])).all()  # and where gradients are off
+
+
+def test_callers_in_inference_mode_are_served():
+    model, objective, space = make("bert")
+    w, ones = torch.ones(space.n, dtype=torch.float64), torch.ones(5)
+    calls = [*[lambda e=e: encode(model, objective, ROWS, w, space=space, engine=e) for e in ("ghost", "jvp", "loop")],
+             lambda: accumulate(model, objective, ROWS, ones, ones, space=space), lambda: row_gradients(model, objective, ROWS, space=space)]
+    for call in calls:
+        with torch.inference_mode(): found = call()
+        torch.testing.assert_close(found, call(), rtol=0, atol=0)
+
+
+def test_gradients_are_freed_one_by_one():
+    words, model = tiny_model("bert")
+    space, alive = thin(ParameterSpace.from_model(model)), []
+    handles = [p.register_post_accumulate_grad_hook(lambda _: alive.append(sum(q.grad is not None for q in model.parameters()))) for p in model.parameters()]
+    pair_gradients(model, MaskedLM(words), MaskedLM(words).prepare(ROWS), source="alternative", target="diff", space=space)
+    for handle in handles: handle.remove()
+    assert len(alive) > 40 and set(alive) == {1}
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.bfloat16, 0.06), (torch.float16, 0.008)])
+def test_half_precision_models_give_float32(dtype, tol):
+    words, model = tiny_model("bert", dtype=torch.float32)
+    for p in model.parameters():
+        with torch.no_grad(): p.copy_(p.to(dtype))  # the same weights for both
+    objective, space = MaskedLM(words), ParameterSpace.from_model(model)
+    direction = torch.randn(2, space.n, generator=torch.Generator().manual_seed(0)) / space.n**0.5
+    half = tiny_model("bert", dtype=torch.float32)[1]
+    half.load_state_dict(model.state_dict())
+    half.to(dtype)
+    batch = objective.prepare(ROWS)
+
+    def close(actual, expected):
+        assert actual.dtype == torch.float32
+        assert float((actual - expected).norm() / expected.norm()) < tol
+
+    expected = encode(model, objective, ROWS, direction, space=space, kind="diff", engine="loop")
+    for engine in ("ghost", "jvp", "loop"): close(encode(half, objective, ROWS, direction, space=space, kind="diff", engine=engine), expected)
+    close(row_gradients(half, objective, ROWS, space=space, kind="diff"), row_gradients(model, objective, ROWS, space=space, kind="diff"))
+    for a, b in zip(pair_gradients(half, objective, batch, source="factual", target="diff", space=space), pair_gradients(model, objective, batch, source="factual", target="diff", space=space), strict=True):
+        close(a, b)
+    small = pair_weights(("diff",), 5) * 1e-6  # most products would be zero in float16
+    close(weighted_sums(half, objective, batch, small, space=space), weighted_sums(model, objective, batch, small, space=space))
+
+
+def test_gradient_checkpointing_is_used_and_changes_nothing():
+    words = tokenizer()
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=64)).eval()
+    assert model.config.hidden_dropout_prob > 0
+    objective, space, calls = MaskedLM(words), ParameterSpace.from_model(model), []
+    model.bert.encoder.layer[0].intermediate.register_forward_hook(lambda *_: calls.append(1))
+    plain = pair_gradients(model, objective, objective.prepare(ROWS), source="alternative", target="diff", space=space)
+    assert len(calls) == 1
+    model.activation_checkpointing_enable()
+    before = snapshot(model)
+    saved = pair_gradients(model, objective, objective.prepare(ROWS), source="alternative", target="diff", space=space)
+    assert len(calls) >= 3  # the forward pass, and again for each backward pass
+    assert same(before, snapshot(model))
+    for a, b in zip(plain, saved, strict=True): torch.testing.assert_close(a, b)
+    encoded = encode(model, objective, ROWS, plain[0], space=space)
+    torch.testing.assert_close(encoded, encode(model, objective, ROWS, plain[0], space=space, engine="loop"), rtol=1e-4, atol=1e-6)
+
+
+def test_forward_mode_swaps_special_attention_and_puts_it_back():
+    words, model = tiny_model("bert", dtype=torch.float32)
+    space = thin(ParameterSpace.from_model(model))
+    expected = encode(model, MaskedLM(words), ROWS, torch.ones(space.n), space=space, engine="jvp")
+    model.set_attn_implementation("flex_attention")
+    used = []
+    model.bert.encoder.layer[0].register_forward_pre_hook(lambda *_: used.append(model.config._attn_implementation))
+    found = encode(model, MaskedLM(words), ROWS, torch.ones(space.n), space=space, engine="jvp")
+    assert set(used) == {"eager"} and model.config._attn_implementation == "flex_attention"
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+class Odd(torch.autograd.Function):
+    "Doubles, and knows no forward mode."
+    @staticmethod
+    def forward(ctx, x): return 2 * x
+    @staticmethod
+    def backward(ctx, g): return 2 * g
+
+
+class Neither(nn.Module):
+    "No ghosts (its weight is used without its layer), no forward mode."
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+
+    def forward(self, x): return Odd.apply(x @ self.layer.weight.T)
+
+
+class Scores:
+    name = "scores"
+    def prepare(self, frame): return torch.tensor(frame["x"].tolist())
+    def losses(self, model, batch):
+        log_p = model(batch).log_softmax(-1)
+        return -log_p[:, 0], -log_p[:, 1]
+
+
+POINTS = pd.DataFrame({"masked": ["a", "b", "c"], "x": [[1.0, 0.0], [0.5, 2.0], [1.0, 3.0]]})
+
+
+def test_a_model_that_supports_neither_engine_is_served_by_the_loop_with_one_warning():
+    torch.manual_seed(0)
+    model = Neither()
+    space = ParameterSpace.from_model(model, "layer.weight")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = encode(model, Scores(), POINTS, torch.ones(2, 6), space=space, batch_size=1)
+    assert len([w for w in caught if "one backward pass per row" in str(w.message)]) == 1
+    torch.testing.assert_close(found, encode(model, Scores(), POINTS, torch.ones(2, 6), space=space, engine="loop"))
+    assert found.abs().sum() > 0
+    with pytest.raises(NotRowAligned, match="layer.weight"): encode(model, Scores(), POINTS, torch.ones(6), space=space, engine="ghost")
+    with pytest.raises(InputError, match="no forward mode.*use engine"): encode(model, Scores(), POINTS, torch.ones(6), space=space, engine="jvp")
+    with pytest.warns(UserWarning, match="one backward pass per row"): rows = row_gradients(model, Scores(), POINTS, space=space)
+    torch.testing.assert_close(rows.sum(1), found[:, 0])
+
+
+def test_a_real_error_of_the_model_is_not_taken_for_a_missing_engine():
+    class Failing(Neither):
+        def forward(self, x): raise RuntimeError("forward fails for another reason")
+    model = Failing()
+    with pytest.raises(RuntimeError, match="another reason"): encode(model, Scores(), POINTS, torch.ones(6), space=ParameterSpace.from_model(model, "layer.weight"))
+
+
+def test_any_objective_and_module_can_be_encoded():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 3))
+    space = ParameterSpace.from_model(model)
+    w = torch.randn(7, space.n)
+    for engine in ("ghost", "jvp", "auto"):
+        torch.testing.assert_close(encode(model, Scores(), POINTS, w, space=space, engine=engine), encode(model, Scores(), POINTS, w, space=space, engine="loop"), rtol=1e-4, atol=1e-5)
+
+
+def test_a_table_of_positions_that_looks_like_a_batch_is_found_out():
+    words, model = tiny("t5")
+    objective, space = objective_for(words, model), ParameterSpace.from_model(model, "encoder.*")
+    repeated = [pd.concat([ROWS.iloc[[i]]] * n, ignore_index=True) for i in range(5) for n in range(2, 20)]
+    rows = next(r for r in repeated if len(set(objective.prepare(r).input_ids.shape)) == 1)  # as many inputs as tokens
+    length = len(rows)
+    with pytest.raises(NotRowAligned, match="relative_attention_bias.*shared between rows"):
+        encode(model, objective, rows, torch.ones(space.n, dtype=torch.float64), space=space, engine="ghost", batch_size=length)
+
+
+def test_losses_that_are_not_finite_name_their_rows():
+    words, model = tiny_model("bert")
+    objective, space = MaskedLM(words), ParameterSpace.from_model(model)
+    token = min(set(objective.prepare(ROWS.iloc[[4]]).input_ids.flatten().tolist()) - set(objective.prepare(ROWS.head(4)).input_ids.flatten().tolist()))  # only row 4 has it
+    model.cls.predictions.decoder.weight = nn.Parameter(model.cls.predictions.decoder.weight.detach().clone())  # not tied: the head stays sound
+    with torch.no_grad(): model.bert.embeddings.word_embeddings.weight[token] = torch.nan
+    space, w = ParameterSpace.from_model(model), torch.ones(space.n)
+    for call in (*[lambda e=e: encode(model, objective, ROWS, w, space=space, engine=e, batch_size=2) for e in ("ghost", "jvp", "loop")],
+                 lambda: accumulate(model, objective, ROWS, torch.ones(5), torch.zeros(5), space=space, batch_size=2),
+                 lambda: row_gradients(model, objective, ROWS, space=space, batch_size=2), lambda: weighted_sums(model, objective, objective.prepare(ROWS), pair_weights(("diff",), 5), space=space)):
+        with pytest.raises(InputError, match=r"rows \[4\]"): call()
+    good = accumulate(model, objective, ROWS, torch.tensor([1.0, 1, 1, 1, 0]), torch.zeros(5), space=space)  # a row that is not asked for is not read
+    assert good.isfinite().all()
+
+
+def test_inputs_are_checked():
+    model, objective, space = make("bert")
+    for wrong in (torch.ones(space.n - 1), torch.ones(1, 1, space.n), torch.full((space.n,), torch.inf)):
+        with pytest.raises(InputError, match="directions"): encode(model, objective, ROWS, wrong, space=space)
+    with pytest.raises(InputError, match="did you mean 'ghost'"): encode(model, objective, ROWS, torch.ones(space.n), space=space, engine="gost")
+    with pytest.raises(InputError, match="jvp"): row_gradients(model, objective, ROWS, space=space, engine="jvp")
+    with pytest.raises(InputError, match="target='dif'"): pair_gradients(model, objective, None, source="factual", target="dif", space=space)
+    with pytest.raises(InputError, match="is not a parameter"): encode(make("gpt2")[0], make("gpt2")[1], ROWS, torch.ones(space.n), space=space)
+    for name in ("weights_factual", "weights_alternative"):
+        weights = {"weights_factual": torch.ones(5), "weights_alternative": torch.ones(5), name: torch.ones(4)}
+        with pytest.raises(InputError, match=name): accumulate(model, objective, ROWS, **weights, space=space)
+
+
+def test_tables_frames_and_empty_inputs():
+    model, objective, space = make("bert")
+    rows = ROWS.assign(factual_class=["3PL", "3SG", "3SG", "3PL", "3SG"], alternative_class=["3SG", "3PL", "3PL", "3SG", "3PL"], split="train")
+    examples = make_examples(rows.drop(index=2), pair=("3SG", "3PL"))
+    w = torch.ones(space.n, dtype=torch.float64)
+    assert torch.equal(encode(model, objective, examples, w, space=space), encode(model, objective, examples.frame, w, space=space))
+    y = torch.from_numpy(examples.labels("alternative"))
+    torch.testing.assert_close(accumulate(model, objective, examples, 0 * y, y, space=space), accumulate(model, objective, examples.frame, [0.0] * 4, y.numpy(), space=space))
+    assert encode(model, objective, ROWS.head(0), w, space=space).shape == (0, 1)
+    assert row_gradients(model, objective, ROWS.head(0), space=space).shape == (0, space.n)
+    assert not accumulate(model, objective, ROWS, torch.zeros(5), torch.zeros(5), space=space).any()
+    unused = space.keep(space.global_index[:1])  # the embedding of the padding token: no row ever reads it
+    assert not encode(model, objective, ROWS, torch.ones(1, dtype=torch.float64), space=unused, engine="ghost").isnan().any()
+
+
+def test_results_do_not_depend_on_the_batch():
+    model, objective, space = make("modernbert")
+    w = torch.randn(2, space.n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    first = encode(model, objective, ROWS, w, space=space, batch_size=1)
+    for size in (2, 5, 64): torch.testing.assert_close(encode(model, objective, ROWS, w, space=space, batch_size=size), first, rtol=1e-4, atol=1e-4 * float(first.abs().max()))
+    assert set(KINDS) == {"factual", "alternative", "diff"}
