@@ -63,7 +63,7 @@ def optional_import(
         if e.name is None or e.name.split(".")[0] != package: raise
         raise MissingExtraError(f'{package} is needed for {purpose}: pip install "gradiend[{extra}]"') from e
 
-# %% ../nbs/00_core.ipynb #fe4b0d45
+# %% ../nbs/00_core.ipynb #4cf47eca
 def _put(h: Any, tag: str, payload: bytes) -> None:
     "Feed one tagged, length-prefixed piece into the hash `h`."
     h.update(f"{tag}:{len(payload)}:".encode())
@@ -72,9 +72,11 @@ def _put(h: Any, tag: str, payload: bytes) -> None:
 
 def _put_strings(h: Any, strings: list[str]) -> None:
     "Feed a long list of strings at once: their lengths in bytes, then their bytes."
-    sizes = [len(s) if s.isascii() else len(s.encode("utf-8", "surrogatepass")) for s in strings]
+    content = "".join(strings)
+    if content.isascii(): sizes = list(map(len, strings))
+    else: sizes = [len(s) if s.isascii() else len(s.encode("utf-8", "surrogatepass")) for s in strings]
     _put(h, "strings", np.array(sizes, dtype="<i8").tobytes())
-    _put(h, "bytes", "".join(strings).encode("utf-8", "surrogatepass"))
+    _put(h, "bytes", content.encode("utf-8", "surrogatepass"))
 
 # %% ../nbs/00_core.ipynb #47584806
 def _put_array(h: Any, x: np.ndarray) -> None:

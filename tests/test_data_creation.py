@@ -1,9 +1,11 @@
 "Edge cases of gradiend.data.creation and the modules it is made of, on the exported package."
 import json
+import os
 import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from gradiend.core import InputError, read_json
 from gradiend.data import collection, creation, stream
-from gradiend.data.collection import Pool, Sample, collect, hide, sample_frame
+from gradiend.data.collection import Pool, Row, Sample, collect, hide, sample_frame
 from gradiend.data.creation import TextPredictionDataCreator
 from gradiend.data.filters import Matcher
 from gradiend.data.output import TrainingData, load_created
@@ -59,9 +61,9 @@ def test_unmasking_gives_the_sentence_back(texts, mask_all):
     collect(texts, Matcher(filters), sample)
     frame = sample_frame(sample, filters)
     assert set(frame.text) <= set(texts)
-    for row, stored in zip(frame.itertuples(), sorted((r for p in sample.pools.values() for r in p.rows.values()),
-                                                      key=lambda r: r.place)):
-        words = [row.text[a:b] for a, b in stored.spans]
+    rows = sorted(r for p in sample.pools.values() for r in p.rows.values())
+    for row, stored in zip(frame.itertuples(), (Row(*r) for r in rows), strict=True):
+        words = [row.text[a:b] for a, b in zip(stored.spans[::2], stored.spans[1::2], strict=True)]
         pieces = row.masked.split("[MASK]")
         assert "".join(p + w for p, w in zip(pieces, [*words, ""])) == row.text
         assert {w.casefold() for w in words} == {row.label.casefold()} and words[0] == row.label
@@ -73,9 +75,11 @@ def test_unmasking_gives_the_sentence_back(texts, mask_all):
 def test_a_bounded_sample_is_the_smallest_keys_of_all(texts, keep, seed, same):
     "Against the obvious way: find all rows, drop duplicates, sort by key."
     filters = check_filters([SG, PL])
-    small, everything = (Sample(filters, keep=k, seed=seed, deduplicate=same) for k in (keep, None))
-    for sample in (small, everything): collect(texts, Matcher(filters), sample)
+    small, everything, all_kept = (Sample(filters, keep=k, seed=seed, deduplicate=same) for k in (keep, 10**6, None))
+    for sample in (small, everything, all_kept): collect(texts, Matcher(filters), sample)
     assert small.matches == everything.matches
+    # without a draw the keys are others, and the rows the same
+    assert sample_frame(all_kept, filters).equals(sample_frame(everything, filters)) and all_kept.duplicates == everything.duplicates
     for slot, pool in small.pools.items():
         assert sorted(pool.rows) == sorted(everything.pools[slot].rows)[:keep]
     backwards = Sample(filters, keep=keep, seed=seed, deduplicate=same)
@@ -467,14 +471,15 @@ def test_the_fingerprint_changes_if_and_only_if_the_content_does(texts, data):
 
 
 def test_hide_many_spans():
-    assert hide("a b c", ((0, 1), (4, 5)), "_") == "_ b _" and hide("abc", (), "_") == "abc"
+    assert hide("a b c", (0, 1, 4, 5), "_") == "_ b _" and hide("abc", (), "_") == "abc"
     assert near_key("A-b 3") and collection.nearest_words(["xyzzy"], {"rain"}) == [] and creation.SPLITS[0] == "train"
 
 
 # --- memory ------------------------------------------------------------------------------------------------------
 
 MEMORY = """
-import resource, sys
+import re
+from pathlib import Path
 from gradiend import corpora
 from gradiend.data.creation import TextPredictionDataCreator
 from gradiend.data.targets import TextFilterConfig
@@ -484,7 +489,7 @@ def million():
     for i in range(1_000_000):
         yield f"{base_sentences[i % 5000]} That was number {i}."
 both = [TextFilterConfig(["he", "she", "it"], id="3SG"), TextFilterConfig(["they"], id="3PL")]
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # ru_maxrss is inherited from the parent
 before = peak()
 creator = TextPredictionDataCreator(million(), both, stop_when_full=False)
 data = creator.generate_training_data(2500)
@@ -495,9 +500,37 @@ print(round(peak() - before, 1))
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_memory_of_a_million_sentences():
     "Reading everything from a generator, rows and neutral texts, stays within 200 MB over the base."
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     print(f"{done.stdout.strip()} MB over the base")
     assert float(done.stdout.split()[-1]) <= 200
+
+
+SEVERAL = """
+import sys
+from gradiend import TextFilterConfig, TextPredictionDataCreator
+
+def main():
+    texts = [f"She took her hat number {i}." for i in range(60)] + [f"We saw her in room {i}." for i in range(60)]
+    tags = {"possessive": {"Poss": "Yes"}, "object": {"Case": "Acc"}}
+    both = [TextFilterConfig(["her"], id=name, spacy_tags=t) for name, t in tags.items()]
+    made = [TextPredictionDataCreator(texts, both, spacy_model=sys.argv[1], n_process=n, batch_size=20).generate_training_data(balance=False) for n in (1, 2)]
+    assert made[0].fingerprint == made[1].fingerprint and min(map(len, made[0].values())) > 40
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_same_rows(tmp_path):
+    "`n_process` needs a script with a main guard, as every program that starts processes."
+    folder = Path(os.environ.get("GRADIEND_DATA", "")) / "spacy_en_ewt"
+    if not os.environ.get("GRADIEND_DATA") or not folder.is_dir(): pytest.skip("GRADIEND_DATA names no folder with spacy_en_ewt")
+    script = tmp_path / "several.py"
+    script.write_text(SEVERAL, encoding="utf-8")
+    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

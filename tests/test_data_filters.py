@@ -157,7 +157,19 @@ def test_automaton_expression_and_slow_search_agree(filters, text):
     assert hits == plain.lexical(text)
     found = fast.resolve(text, hits)
     assert found == slowly(text, filters)
+    assert fast.find(text) == plain.find(text) == found
     assert found == sorted(found, key=lambda m: m.start) and all(a.end <= b.start for a, b in zip(found, found[1:], strict=False))
+
+
+SIMPLE = ["he", "He", "it", "they", "THEY", "the", " ", "  ", ", ", ".", "'", "-", "--", "—", "…", "é", "“", "’", "\u0301", "_", "2", "\t", "\u00ad"]
+
+
+@settings(max_examples=400, deadline=None)
+@example("thé é-he he-é 'it' it's—they…he he")
+@given(st.lists(st.sampled_from(SIMPLE), max_size=14).map("".join))
+def test_one_step_finds_what_two_steps_find(text):
+    fast, slow = Matcher([SG, PL]), Matcher([SG, PL], automaton=False)
+    assert fast._search is not None and fast.find(text) == slow.resolve(text, slow.lexical(text)) == slowly(text, [SG, PL])
 
 
 @settings(max_examples=100, deadline=None)

@@ -379,3 +379,19 @@ def test_results_do_not_depend_on_the_batch():
     first = encode(model, objective, ROWS, w, space=space, batch_size=1)
     for size in (2, 5, 64): torch.testing.assert_close(encode(model, objective, ROWS, w, space=space, batch_size=size), first, rtol=1e-4, atol=1e-4 * float(first.abs().max()))
     assert set(KINDS) == {"factual", "alternative", "diff"}
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
+def test_modules_whose_forward_is_wrapped(kind):
+    "A device_map replaces the forward of every module by one that moves its inputs and outputs; that must not matter."
+    words, model = tiny_model(kind)
+    objective, space = objective_for(words, model), ParameterSpace.from_model(model)
+    directions = torch.randn(2, space.n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for module in model.modules():
+        def moved(*args, _forward=module.forward, **kwargs):
+            return _forward(*args, **{k: v.to("cpu") if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()})
+        module.forward = moved
+    expected = reference(kind, "diff")
+    for engine in ("ghost", "jvp", "loop"):
+        check_close(kind, encode(model, objective, ROWS, directions, space=space, kind="diff", engine=engine), expected @ directions.T)
+    check_close(kind, accumulate(model, objective, ROWS, torch.ones(len(ROWS)), -torch.ones(len(ROWS)), space=space), expected.sum(0))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Spans', 'hide', 'Pool', 'Row', 'Sample', 'Tally', 'collect', 'sample_frame', 'nearest_words']
 
-# %% ../../nbs/12_data.collection.ipynb #c46d0e9c
+# %% ../../nbs/12_data.collection.ipynb #50c7d6d3
 import heapq
 import re
 from collections import Counter, deque
@@ -19,11 +19,11 @@ import pandas as pd
 from ..core import InputError, check_choice
 from .filters import Candidate, Match, Matcher
 from .tags import annotate
-from .targets import TextFilterConfig
+from .targets import Partners, TextFilterConfig
 from .text import content_hash, near_key
 
-# %% ../../nbs/12_data.collection.ipynb #da606efc
-Spans = tuple[tuple[int, int], ...] # Where the hidden words stand: start and end of each
+# %% ../../nbs/12_data.collection.ipynb #860a1e98
+Spans = tuple[int, ...] # Where the hidden words stand: start and end of the first, of the second, ...
 
 
 def hide(
@@ -32,38 +32,39 @@ def hide(
     mask: str = "[MASK]", # The placeholder
 ) -> str: # The text with a placeholder for each span
     "Replace the spans of a text by a placeholder."
+    if len(spans) == 2: return f"{text[:spans[0]]}{mask}{text[spans[1]:]}"   # nearly always
     return mask.join(_pieces(text, spans))
 
 
 def _pieces(text: str, spans: Spans) -> list[str]:
     "What is left of a text when the spans are cut out; one piece more than spans."
-    edges = [0, *(i for span in spans for i in span), len(text)]
+    edges = [0, *spans, len(text)]
     return [text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def _hidden_words(matches: Sequence[Match], mask_all: bool) -> list[tuple[Spans, Match]]:
     "The spans of each row and the match that names its word."
-    if not mask_all: return [(((m.start, m.end),), m) for m in matches]
+    if not mask_all or len(matches) == 1: return [((m[0], m[1]), m) for m in matches]
     together: dict[tuple[str, str], list[Match]] = {}
     for m in matches: together.setdefault((m.class_id, m.word.casefold()), []).append(m)
-    return [(tuple((m.start, m.end) for m in same), same[0]) for same in together.values()]
+    return [(tuple([i for m in same for i in (m.start, m.end)]), same[0]) for same in together.values()]
 
-# %% ../../nbs/12_data.collection.ipynb #c53d7f7f
+# %% ../../nbs/12_data.collection.ipynb #bbacc0e2
 class Pool:
     "The rows with the smallest keys of all rows offered, at most `size` of them, each key once."
 
     def __init__(self, size: int | None = None): # None: keep all
-        self.size, self.rows = size, dict[int, Any]()
+        self.size, self.rows = size, dict[Any, Any]()
         self._largest: list[int] = [] # a heap of negated keys, so that the largest key comes first
 
     def __len__(self) -> int: return len(self.rows)
 
-    def wants(self, key: int) -> bool:
+    def wants(self, key: Any) -> bool:
         "True if a row with this key would be kept."
         if key in self.rows: return False
         return self.size is None or len(self.rows) < self.size or key < -self._largest[0]
 
-    def offer(self, key: int, row: Any) -> bool:
+    def offer(self, key: Any, row: Any) -> bool:
         "Keep the row if its key is among the smallest; False if a row with this key is there already."
         if key in self.rows: return False
         if self.size is None: self.rows[key] = row
@@ -75,25 +76,37 @@ class Pool:
             self.rows[key] = row
         return True
 
-# %% ../../nbs/12_data.collection.ipynb #0e401e91
+# %% ../../nbs/12_data.collection.ipynb #7efbe715
 class Row(NamedTuple):
     "A row before it is written out."
 
-    place: tuple[int, int] # Number of the sentence and position in it: the order of the table
+    sentence: int # Number of the sentence
+    start: int # Position of the word in it; both together are the order of the table
     text: str # The sentence
     spans: Spans # What is hidden
-    match: Match # The word, its target, class and partners
-    group: str = "" # What must not be shared between splits, if asked for
+    word: str # The word as it stands in the text
+    target: str # The word of the description
+    class_id: str # The class it shows
+    partners: Partners # (class, word) of the other members of its pair
+    group: str # What must not be shared between splits, if asked for
 
-# %% ../../nbs/12_data.collection.ipynb #476a0432
+# %% ../../nbs/12_data.collection.ipynb #d6cf0e2a
 def _row_key(text: str, spans: Spans, word: str, deduplicate: str, seed: int, place: tuple[int, int]) -> int:
     "The number that decides whether a row is drawn; equal for rows that count as the same."
-    if deduplicate == "exact": return content_hash(f"{seed}\0{spans}\0{text}")
-    if deduplicate == "no": return content_hash(f"{seed}\0{place}\0{spans}\0{text}")
+    pairs = tuple(zip(spans[::2], spans[1::2], strict=True))
+    if deduplicate == "exact": return content_hash(f"{seed}\0{pairs}\0{text}")
+    if deduplicate == "no": return content_hash(f"{seed}\0{place}\0{pairs}\0{text}")
     pieces = [near_key(p) if p.strip() else "" for p in _pieces(text, spans)]
     return content_hash("\0".join([str(seed), word.casefold(), *pieces]))
 
-# %% ../../nbs/12_data.collection.ipynb #f3fe83c2
+
+def _keys(deduplicate: str, seed: int | None) -> Callable[[str, Spans, str, tuple[int, int]], Any]:
+    "The function that makes the keys of rows; without a seed, where none is drawn, equal ones are enough."
+    if seed is None and deduplicate == "exact": return lambda text, spans, word, place: (text, *spans)
+    if seed is None and deduplicate == "no": return lambda text, spans, word, place: place
+    return lambda text, spans, word, place: _row_key(text, spans, word, deduplicate, seed or 0, place)
+
+# %% ../../nbs/12_data.collection.ipynb #bc131f32
 class Sample:
     "Rows of all classes, drawn fairly from those stored; raises `InputError` for an unknown `deduplicate`."
 
@@ -112,8 +125,9 @@ class Sample:
         self.deduplicate = check_choice("deduplicate", deduplicate, ("exact", "near", "no"))
         slots = {c.class_id: [*c.words] if per_target else [""] for c in filters}
         self.pools = {(c, word): Pool(keep) for c, words in slots.items() for word in words}
-        self._enough = {c: None if enough is None else -(-enough // len(words)) for c, words in slots.items()}
-        self._missing = set(self.pools)
+        self._limited, self._missing = enough is not None, set(self.pools)
+        self._enough = {c: -(-(enough or 0) // len(words)) for c, words in slots.items()}
+        self._key = _keys(self.deduplicate, None if keep is None else seed)
         self.matches = Counter(dict.fromkeys(slots, 0)) # Words found in each class
         self.duplicates = 0 # Rows that were there already
 
@@ -129,26 +143,25 @@ class Sample:
 
     def store(self, n: int, text: str, matches: Sequence[Match], group: str = "") -> None:
         "Offer the rows of sentence number `n` to their pools."
-        for spans, match in _hidden_words(matches, self.mask_all):
-            slot = match.class_id, match.target if self.per_target else ""
-            row = Row((n, match.start), text, spans, match, group)
-            key = _row_key(text, spans, match.word, self.deduplicate, self.seed, row.place)
-            self.matches[match.class_id] += len(spans)
-            self.duplicates += not self.pools[slot].offer(key, row)
-            enough = self._enough[match.class_id]
-            if enough is not None and len(self.pools[slot]) >= enough: self._missing.discard(slot)
+        for spans, (start, _, word, target, class_id, partners) in _hidden_words(matches, self.mask_all):
+            slot = class_id, target if self.per_target else ""
+            pool, key = self.pools[slot], self._key(text, spans, word, (n, start))
+            row = (n, start, text, spans, word, target, class_id, partners, group)   # the parts of a Row
+            self.matches[class_id] += len(spans) // 2
+            if not pool.offer(key, row): self.duplicates += 1
+            if self._limited and len(pool) >= self._enough[class_id]: self._missing.discard(slot)
 
     def worth(self, n: int, text: str, candidates: Iterable[Candidate]) -> bool:
         "True if an analysis of the sentence could lead to a row that is kept."
         if self.mask_all: return True
         for c in candidates:
-            word, spans = text[c.start:c.end], ((c.start, c.end),)
-            key = _row_key(text, spans, word, self.deduplicate, self.seed, (n, c.start))
+            word, spans = text[c.start:c.end], (c.start, c.end)
+            key = self._key(text, spans, word, (n, c.start))
             slots = {(r.rule.class_id, r.target) for r in c.readings if r.needs_doc}
             if any(self.pools[k, w if self.per_target else ""].wants(key) for k, w in slots): return True
         return False
 
-# %% ../../nbs/12_data.collection.ipynb #3173ff0d
+# %% ../../nbs/12_data.collection.ipynb #6b71ac5e
 @dataclass
 class Tally:
     "What happened in a pass."
@@ -157,16 +170,27 @@ class Tally:
     analysed: int = 0 # Sentences that went through spaCy
     passed_over: int = 0 # Sentences not sent there, since no row of theirs could have been kept
     interrupted: bool = False # Ended by Ctrl-C
-    vocabulary: set[str] = field(default_factory=set, repr=False) # Words of the first sentences
+    first: list[str] = field(default_factory=list, repr=False) # The first two thousand sentences
+
+    @property
+    def vocabulary(self) -> set[str]:
+        "The words of the first sentences."
+        return {word for sentence in self.first for word in re.findall(r"\w+", sentence)}
+
+
+def _counted(sentences: Iterable[str], tally: Tally) -> Iterator[str]:
+    "The sentences, counted."
+    for sentence in sentences:
+        tally.searched += 1
+        if tally.searched <= 2000: tally.first.append(sentence)
+        yield sentence
 
 
 def _spelled(
     sentences: Iterable[str], matcher: Matcher, tally: Tally,
 ) -> Iterator[tuple[str, list[Candidate]]]:
     "The sentences in which a word of any class is spelled, with the places."
-    for sentence in sentences:
-        tally.searched += 1
-        if tally.searched <= 2000: tally.vocabulary.update(re.findall(r"\w+", sentence))
+    for sentence in _counted(sentences, tally):
         candidates = matcher.lexical(sentence)
         if candidates or matcher.every_text: yield sentence, candidates
 
@@ -197,7 +221,7 @@ def _analysed(
         sample.store(place, sentence, matcher.resolve(sentence, candidates, doc), own)
         yield
 
-# %% ../../nbs/12_data.collection.ipynb #445b1fd7
+# %% ../../nbs/12_data.collection.ipynb #4748c3bf
 def collect(
     sentences: Iterable[str], # Normalised sentences, read as they are needed
     matcher: Matcher, # Finds the words
@@ -217,13 +241,14 @@ def collect(
             for _ in _analysed(sentences, matcher, sample, tally, group, analyse):
                 if sample.full: break
         else:
-            for sentence, candidates in _spelled(sentences, matcher, tally):
-                sample.store(tally.searched, sentence, matcher.resolve(sentence, candidates), group())
+            for sentence in _counted(sentences, tally):
+                if not (matches := matcher.find(sentence)): continue
+                sample.store(tally.searched, sentence, matches, group())
                 if sample.full: break
     except KeyboardInterrupt: tally.interrupted = True
     return tally
 
-# %% ../../nbs/12_data.collection.ipynb #11691201
+# %% ../../nbs/12_data.collection.ipynb #34a452ee
 def _like(partner: str, word: str, target: str) -> str:
     "The partner with a capital if the word has one that its target has not."
     return partner[:1].upper() + partner[1:] if word[:1].isupper() and not target[:1].isupper() else partner
@@ -231,11 +256,10 @@ def _like(partner: str, word: str, target: str) -> str:
 
 def _members(row: Row, names: Sequence[str]) -> list[str]:
     "The word of each class in the pair of a row; empty for a class that the pair does not have."
-    word, target = row.match.word, row.match.target
-    pair = {n: _like(w, word, target) for n, w in row.match.partners} | {row.match.class_id: word}
+    pair = {n: _like(w, row.word, row.target) for n, w in row.partners} | {row.class_id: row.word}
     return [pair.get(n, "") for n in names]
 
-# %% ../../nbs/12_data.collection.ipynb #786db3b2
+# %% ../../nbs/12_data.collection.ipynb #e2ea4b3a
 def sample_frame(
     sample: Sample, # After `collect`
     filters: Sequence[TextFilterConfig], # One description per class
@@ -245,19 +269,22 @@ def sample_frame(
 ) -> pd.DataFrame: # The rows in the order of the corpus
     "Write out the rows: masked, label, label_class, text, and the columns that were asked for."
     names = [c.class_id for c in filters]
-    rows = sorted((r for pool in sample.pools.values() for r in pool.rows.values()), key=lambda r: r.place)
-    columns: dict[str, list[str]] = {
-        "masked": [hide(r.text, r.spans, mask) for r in rows], "label": [r.match.word for r in rows],
-        "label_class": [r.match.class_id for r in rows], "text": [r.text for r in rows]}
+    rows = sorted(r for pool in sample.pools.values() for r in pool.rows.values())   # by sentence and place
+    def part(name: str) -> list[Any]:
+        place = Row._fields.index(name)
+        return [row[place] for row in rows]
+    texts, spans = part("text"), part("spans")
+    columns = {"masked": [hide(t, s, mask) for t, s in zip(texts, spans, strict=True)],
+               "label": part("word"), "label_class": part("class_id"), "text": texts}
     rules = [rule for c in filters for rule in c.rules()]
-    if any(rule.use_lemma for rule in rules): columns["target"] = [r.match.target for r in rows]
-    if grouped: columns["group"] = [r.group for r in rows]
+    if any(rule.use_lemma for rule in rules): columns["target"] = part("target")
+    if grouped: columns["group"] = part("group")
     if any(rule.partners for rule in rules):
         clash = sorted(set(names) & {*columns, "split"})
         if clash: raise InputError(f"the class id {clash[0]!r} is the name of a column: choose another id")
-        members = [_members(r, names) for r in rows]
+        members = [_members(Row(*r), names) for r in rows]
         columns |= {n: [m[i] for m in members] for i, n in enumerate(names)}
-    return pd.DataFrame(columns, dtype=str)
+    return pd.DataFrame(columns, dtype=object)
 
 # %% ../../nbs/12_data.collection.ipynb #3f4b96eb
 def nearest_words(

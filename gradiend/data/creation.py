@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TextPredictionDataCreator']
 
-# %% ../../nbs/12_data.creation.ipynb #f73c2d98
+# %% ../../nbs/12_data.creation.ipynb #515808bb
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from .output import TrainingData, differences, read_part, read_record, save_crea
 from .splits import SPLITS, assign_splits, balance_rows, check_ratios, split_rows  # noqa: F401
 from .tables import write_table
 from .tags import SpacyTagSpec, annotate
-from .text import content_hash, near_key, normalise
+from .text import content_hash, near_key, near_repeats, normalise
 
 # %% ../../nbs/12_data.creation.ipynb #da99e360
 def _check_found(
@@ -48,29 +48,34 @@ def _check_found(
         remedy = "give more text" if one else "give more text or leave them out"
         raise InputError(f"{what} in the base data ({read}); no match for {searched}{hint}: {remedy}")
 
-# %% ../../nbs/12_data.creation.ipynb #f5e874ed
+# %% ../../nbs/12_data.creation.ipynb #b8d9be67
 def _without_small(
     frame: pd.DataFrame, names: Sequence[str], least: int, on_small: str,
 ) -> tuple[pd.DataFrame, dict[str, int]]:
     "Drop classes with rows from fewer than `least` texts, or raise `InputError`; the dropped ones, counted."
-    texts = frame.groupby("label_class")["text"].nunique()
-    small = {n: int(texts.get(n, 0)) for n in names if texts.get(n, 0) < least}
+    texts: dict[str, set[str]] = {n: set() for n in names}
+    for name, text in zip(frame.label_class.tolist(), frame.text.tolist(), strict=True):
+        if len(own := texts[name]) < least: own.add(text)   # more need not be counted
+    small = {n: len(own) for n, own in texts.items() if len(own) < least}
     if small and (on_small == "error" or len(names) - len(small) < 2):
         counts = "; ".join(f"only {n} rows of {c!r} from different texts" for c, n in small.items())
         raise InputError(f"{counts}, and {least} of each class are needed to divide them: give more text, "
                          "lower min_rows_per_class_for_split, or drop such classes: on_small_class='drop'")
-    return frame[~frame.label_class.isin(list(small))].reset_index(drop=True), small
+    return frame[~frame.label_class.isin(list(small))].reset_index(drop=True) if small else frame, small
 
-# %% ../../nbs/12_data.creation.ipynb #0a83a063
+# %% ../../nbs/12_data.creation.ipynb #de244ad1
 _DRAWN_FROM = 20_000 # So many rows of each class are kept where more are read than wanted
 
 
 def _watched(sentences: Iterable[str], matches: Mapping[str, int], desc: str) -> Iterator[str]:
     "Sentences behind a progress bar that shows the matches of each class."
     bar = progress(sentences, desc=desc)
-    for n, sentence in enumerate(bar):
-        if n % 1000 == 0 and not bar.disable: bar.set_postfix(dict(matches), refresh=False)
-        yield sentence
+    if bar.disable: return iter(sentences)   # nobody is watching
+    def shown() -> Iterator[str]:
+        for n, sentence in enumerate(bar):
+            if n % 1000 == 0: bar.set_postfix(dict(matches), refresh=False)
+            yield sentence
+    return shown()
 
 
 def _reads_all(s: CreatorSettings, source: Any, analysed: bool) -> bool:
@@ -129,7 +134,7 @@ def _divided(frame: pd.DataFrame, s: CreatorSettings, asked: Request) -> tuple[p
                                group_column="_key", ratios=asked.ratios, seed=s.seed)
     return drawn(rows).drop(columns="_key"), dropped
 
-# %% ../../nbs/12_data.creation.ipynb #9d421bb4
+# %% ../../nbs/12_data.creation.ipynb #b5519b11
 def _training_data(s: CreatorSettings, asked: Request) -> TrainingData:
     "Gather, check, draw, divide; the rows and what happened."
     report: dict[str, Any] = {}
@@ -142,18 +147,19 @@ def _training_data(s: CreatorSettings, asked: Request) -> TrainingData:
     frame, conflicts = _divided(rows, s, asked)
     names = [n for n in names if (frame.label_class == n).any()]
     order = {n: i for i, n in enumerate(names)}
-    in_order = np.argsort(frame.label_class.map(order).to_numpy(), kind="stable")
+    in_order = np.argsort([order[c] for c in frame.label_class.tolist()], kind="stable")
     first = ["masked", "label", "label_class", "split", "text"]
     frame = frame.iloc[in_order].reset_index(drop=True)
     frame = frame[[*first, *(c for c in frame.columns if c not in first)]]
     count = frame.groupby(["label_class", "split"]).size().to_dict()
     splits = [asked.split_name] if asked.split_name else SPLITS
-    near = frame.masked.map(near_key) + "\0" + frame.label.str.casefold()
-    report.update(near_duplicates_kept=int(near.duplicated().sum()), dropped_classes=small,
+    near = near_repeats(frame.masked.tolist(), frame.label.tolist())
+    report.update(near_duplicates_kept=near, dropped_classes=small,
                   rows_in_two_splits_dropped=conflicts,
-                  rows={n: int((frame.label_class == n).sum()) for n in names},
+                  rows={n: int(sum(v for (c, _), v in count.items() if c == n)) for n in names},
                   splits={n: {x: int(count.get((n, x), 0)) for x in splits} for n in names},
                   source=s.stream.describe(s.base_data, look_up=True), fingerprint=fingerprint(frame, s.mask))
+    frame = frame.astype(str)
     frame.attrs["report"] = report
     configuration = configuration_of(s, report["source"], **vars(asked))
     return TrainingData(frame, tuple(names), s.mask, report, configuration)

@@ -133,7 +133,7 @@ def _table(rules: Iterable[Rule], left_words: int, inflected: Mapping[str, Itera
                 found.setdefault(form, []).append(reading)
     return {form: tuple(dict.fromkeys(readings)) for form, readings in found.items()}
 
-# %% ../../nbs/10_data.filters.ipynb #1d4b8bf1
+# %% ../../nbs/10_data.filters.ipynb #b59ad3f4
 Hit = tuple[int, tuple[int, tuple[Reading, ...]]] # Position of the last character, (length, readings)
 Occurrences = Callable[[str], Iterable[Hit]]
 
@@ -158,12 +158,6 @@ def _expression(table: Table) -> Occurrences:
             for form in begins[found.group()]: yield found.start() + len(form) - 1, (len(form), table[form])
             found = pattern.search(text, found.start() + 1)
     return occurrences
-
-
-def _occurrences(table: Table, automaton: bool | None) -> Occurrences:
-    "All occurrences, by the automaton if that is wanted or nothing is said and its package is there."
-    if automaton is None: automaton = importlib.util.find_spec("ahocorasick") is not None
-    return _automaton(table) if automaton else _expression(table)
 
 # %% ../../nbs/10_data.filters.ipynb #671cb5fc
 def _leftmost_longest(hits: list[Candidate]) -> list[Candidate]:
@@ -233,8 +227,9 @@ def _check_doc(doc: Any, text: str) -> None:
     if doc.text == text: return
     raise InputError(f"doc is the analysis of {doc.text!r:.60}, not of {text!r:.60}: pass doc=nlp(text)")
 
-# %% ../../nbs/10_data.filters.ipynb #b99a3a7c
+# %% ../../nbs/10_data.filters.ipynb #3e7aa9c6
 _SPACED = bytes(c if chr(c).isalnum() or c == ord("_") else ord(" ") for c in range(128)) + bytes(128)
+_EDGES = frozenset(' ,.;:!?"()') # Beside these a word stands alone, whatever comes next
 _NOT_SIMPLE = re.compile("[^\x00-\x7f\u00a1-\u00ac\u00ae-\u02ff\u2012-\u2015\u201c-\u201f\u2026]")
 
 
@@ -246,10 +241,9 @@ def _shows(readings: Sequence[Reading]) -> tuple[str, str, Partners] | None:
 
 
 def _word_search(table: Table) -> Callable[[str], list[Match]] | None:
-    "A function that finds the matches in a simple text; None unless all spellings are words that decide alone."
-    clear = all(re.fullmatch(r"\w+", form, re.ASCII) and not any(r.needs_doc or r.left_words for r in readings)
-                for form, readings in table.items())
-    if not clear: return None
+    "A function that finds the matches in a simple text; None unless each spelling is a word that decides."
+    if not all(re.fullmatch(r"\w+", form, re.ASCII) for form in table): return None
+    if any(r.needs_doc or r.left_words for readings in table.values() for r in readings): return None
     shown = {form: shows for form, readings in table.items() if (shows := _shows(readings))}
     made = optional_import("ahocorasick", "data", purpose="the fast search").Automaton()
     for form, shows in shown.items(): made.add_word(f" {form} ", (len(form), form, *shows))
@@ -262,7 +256,7 @@ def _word_search(table: Table) -> Callable[[str], list[Match]] | None:
         for last, (size, word, target, class_id, partners) in made.iter(spaced):
             end = last - 1
             start = end - size
-            if padded[start] == " " == padded[last] or _alone(text, start, end):
+            if (padded[start] in _EDGES and padded[last] in _EDGES) or _alone(text, start, end):
                 found.append(Match(start, end, word, target, class_id, partners))
         return found
     return search
@@ -315,8 +309,26 @@ def _join(hits: Iterable[Candidate]) -> list[Candidate]:
     for hit in hits: spans.setdefault((hit.start, hit.end), []).extend(hit.readings)
     return _leftmost_longest([Candidate(*span, tuple(dict.fromkeys(rs))) for span, rs in spans.items()])
 
-# %% ../../nbs/10_data.filters.ipynb #419c295f
-class Matcher:
+# %% ../../nbs/10_data.filters.ipynb #c3e34628
+class _Spelled:
+    "Finds spellings: the step that needs no analysis."
+
+    def __init__(self, table: Table, automaton: bool | None):
+        if automaton is None: automaton = importlib.util.find_spec("ahocorasick") is not None
+        self._phrases = any(" " in form for form in table)
+        self._occurrences = _automaton(table) if automaton else _expression(table)
+        self._search = _word_search(table) if automaton else None
+
+    def lexical(self, text: str) -> list[Candidate]:
+        "Find the places where a target of any class is spelled, in order; they never overlap."
+        if text.isascii() and not self._phrases: return _whole_words(text, self._occurrences) # most texts
+        plain = _plain(text, self._phrases)
+        hits = _whole_words(plain.text, self._occurrences)
+        if plain.starts is None or plain.ends is None: return hits
+        return [Candidate(plain.starts[h.start], plain.ends[h.end - 1], h.readings) for h in hits]
+
+# %% ../../nbs/10_data.filters.ipynb #8eb4cd50
+class Matcher(_Spelled):
     "Finds the words of all classes in texts, in two steps: by spelling, then, where needed, by analysis."
 
     def __init__(
@@ -334,23 +346,12 @@ class Matcher:
         forms = _inflections(rules, nlp)
         self.every_text = frozenset(r.class_id for r in rules if r.use_lemma and forms is None) # No table
         self._lemmas = _lemma_table(rules, min_left_context_words)
-        table = _table(rules, min_left_context_words, forms or {})
-        self._phrases = any(" " in form for form in table)
-        self._occurrences = _occurrences(table, automaton)
-        fast = importlib.util.find_spec("ahocorasick") is not None if automaton is None else automaton
-        self._search = _word_search(table) if fast else None
-
-    def lexical(self, text: str) -> list[Candidate]:
-        "Find the places where a target of any class is spelled, in order; they never overlap."
-        if text.isascii() and not self._phrases: return _whole_words(text, self._occurrences) # most texts
-        plain = _plain(text, self._phrases)
-        hits = _whole_words(plain.text, self._occurrences)
-        if plain.starts is None or plain.ends is None: return hits
-        return [Candidate(plain.starts[h.start], plain.ends[h.end - 1], h.readings) for h in hits]
+        super().__init__(_table(rules, min_left_context_words, forms or {}), automaton)
 
     def find(self, text: str) -> list[Match]:
-        "The matches in a text, in one step, for classes without tags and lemmas; raises `InputError` for others."
-        if self._search is not None and (text.isascii() or not _NOT_SIMPLE.search(text)): return self._search(text)
+        "The matches in a text, for classes without tags and lemmas; raises `InputError` for others."
+        simple = text.isascii() or not _NOT_SIMPLE.search(text)
+        if simple and self._search is not None: return self._search(text)
         return self.resolve(text, self.lexical(text))
 
     def needs_doc(self, candidates: Iterable[Candidate], *, active: Collection[str] | None = None) -> bool:

@@ -193,7 +193,7 @@ def _resolve(source: Any, split: str) -> tuple[str, Any]:
     raise InputError(f"base data of type {type(source).__name__} cannot be read: give a list of strings, "
                      "a table, a file, a folder, a hub id, or a function that returns texts")
 
-# %% ../../nbs/11_data.sources.ipynb #6ee7f4c4
+# %% ../../nbs/11_data.sources.ipynb #791c121c
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -212,7 +212,7 @@ def _hub_name(source: str, hf_config: str | None, *, warn: bool = True) -> tuple
 def _open_hub(source: str, hf_config: str | None, split: str, revision: str | None) -> Any:
     "Open a hub data set as a stream; raises `InputError` if it cannot be had."
     if not _HUB_ID.fullmatch(source) or _FILE_ENDING.search(source):
-        raise InputError(f"there is no file {source!r:.80}: check the path, or give a list of strings")
+        raise InputError(f"there is no file {source!r:.300}: check the path, or give a list of strings")
     library = optional_import("datasets", "data", purpose=f"reading the hub data set {source!r}")
     name, config = _hub_name(source, hf_config)
     try: return library.load_dataset(name, config, split=split, revision=revision, streaming=True)
@@ -292,7 +292,7 @@ def _strings(name: str, blocks: Iterable[_Block], report: dict[str, Any]) -> Ite
             else: report["blank_texts"] += 1
     if empty: raise InputError(f"{name} holds no text")
 
-# %% ../../nbs/11_data.sources.ipynb #ef331d6b
+# %% ../../nbs/11_data.sources.ipynb #ee24cfce
 def read_texts(
     source: Any, # Texts (list, iterable, function), table, files, folder, glob, hub id, `datasets` object
     *,
@@ -321,7 +321,8 @@ def read_texts(
     rng = random.Random(seed)
     if shuffled: rng.shuffle(blocks)
     texts = _strings(name, blocks, counts)
-    return islice(_buffered(texts, shuffle_buffer, rng) if shuffle_buffer else texts, max_size)
+    given = _buffered(texts, shuffle_buffer, rng) if shuffle_buffer else texts
+    return given if max_size is None else islice(given, max_size)
 
 # %% ../../nbs/11_data.sources.ipynb #10538ec9
 def _describe_files(source: Any, files: list[Path]) -> dict[str, Any]:

@@ -29,11 +29,18 @@ def check_ratios(
                          "sum to 1, with a share for train")
     return shares[0], shares[1], shares[2]
 
-# %% ../../nbs/06_data.splits.ipynb #8613d983
-def _hash(seed: int, text: str) -> int:
-    "A number that looks random and depends on nothing but seed and text."
-    content = f"{seed}\0{text}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+# %% ../../nbs/06_data.splits.ipynb #e1c5288e
+def _hash(seed: int, text: str) -> bytes:
+    "Eight bytes that look random and depend on nothing but seed and text."
+    return hashlib.blake2b(f"{seed}\0{text}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def _shuffled(texts: Sequence[str], seed: int) -> list[str]:
+    "Different texts in the order of their hashes, and those with equal hashes in the order of their letters."
+    hashes = [_hash(seed, t) for t in texts]
+    if len(set(hashes)) < len(texts): return [t for _, t in sorted(zip(hashes, texts, strict=True))]
+    numbers = np.frombuffer(b"".join(hashes), dtype=">u8").astype(np.uint64)   # sorted much faster than bytes
+    return [texts[i] for i in np.argsort(numbers).tolist()]
 
 
 def _counts(n: int, ratios: Sequence[float]) -> tuple[int, int, int]:
@@ -41,7 +48,7 @@ def _counts(n: int, ratios: Sequence[float]) -> tuple[int, int, int]:
     rest = [max(1, round(n * r)) if r > 0 and n >= 3 else round(n * r) for r in ratios[1:]]
     return n - sum(rest), rest[0], rest[1]
 
-# %% ../../nbs/06_data.splits.ipynb #cee9eace
+# %% ../../nbs/06_data.splits.ipynb #65990d2e
 def assign_splits(
     texts: Sequence[str], # Text of each row; equal texts get equal splits
     groups: Sequence[str], # Class of each row; each class is divided in the given ratios
@@ -57,7 +64,7 @@ def assign_splits(
     for text, group in first_group.items(): by_group.setdefault(group, []).append(text)
     split_of: dict[str, str] = {}
     for members in by_group.values():
-        ranked = sorted(members, key=lambda t: (_hash(seed, t), t))
+        ranked = _shuffled(members, seed)
         split_of.update(zip(ranked, np.repeat(SPLITS, _counts(len(ranked), shares)).tolist(), strict=True))
     return [split_of[t] for t in texts]
 

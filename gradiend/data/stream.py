@@ -80,7 +80,7 @@ def _joined(source: Any, columns: list[str]) -> Iterator[Any]:
     "Text and group of each row as one string; a missing text stays what it is."
     return (f"{text}\0{group}" if isinstance(text, str) else text for text, group in _pairs(source, columns))
 
-# %% ../../nbs/11_data.stream.ipynb #11603da5
+# %% ../../nbs/11_data.stream.ipynb #58af9a90
 @dataclass(eq=False)
 class SentenceStream:
     "Gives the sentences of sources; `group` is the group of the sentence given out last."
@@ -130,7 +130,8 @@ class SentenceStream:
         if columns is not None and not isinstance(source, Replay): source = partial(_joined, source, columns)
         texts = read_texts(source, text_column=self.text_column, seed=self.seed, report=report,
                            shuffle_buffer=self.shuffle_buffer if shuffled else None, **self.reading)
-        return islice(_usable(self, texts, report), self.max_sentences)
+        usable = _usable(self, texts, report)
+        return usable if self.max_sentences is None else islice(usable, self.max_sentences)
 
 # %% ../../nbs/11_data.stream.ipynb #04b4b455
 def _apart(stream: SentenceStream, joined: str) -> tuple[str]:

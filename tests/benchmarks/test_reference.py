@@ -42,6 +42,7 @@ def shared(tmp_path_factory) -> Path:
 def reference(folder: Path, *arguments: object) -> str:
     "Run its side; returns what it printed last."
     environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("PYTHONPATH", None)  # it would put our package in front of theirs
     command = [PYTHON, Path(__file__).with_name("reference_side.py"), folder, *arguments]
     done = subprocess.run([str(part) for part in command], cwd=folder, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
