@@ -7,7 +7,7 @@ __all__ = ['CHUNK', 'BUDGETS', 'PARTS', 'check_topk', 'topk_count', 'sortable', 
            'stretches', 'chosen_entries', 'sample_rows', 'class_weights', 'gradient_importance', 'PrePruneConfig',
            'PostPruneConfig', 'cut_space', 'prune_space']
 
-# %% ../nbs/30_pruning.ipynb #d629f5ac
+# %% ../nbs/30_pruning.ipynb #5ef9fba6
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import count
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from .gradients.engine import KINDS, accumulate
 from .gradients.objectives import Objective
 from .gradients.space import ParameterSpace, layer_of, positions_of
 
-# %% ../nbs/30_pruning.ipynb #5c69de48
+# %% ../nbs/30_pruning.ipynb #aecd435e
 def check_topk(
     topk: int | float, # A count, or a share in (0, 1]
 ) -> None:
@@ -135,7 +136,27 @@ def stretches(
         groups.setdefault(group(name), []).append((begin, end))
     return list(groups.values())
 
-# %% ../nbs/30_pruning.ipynb #48ceea84
+# %% ../nbs/30_pruning.ipynb #b2d31d6c
+def _number_to_keep(importance: Tensor, space: ParameterSpace, topk: int | float | None) -> int:
+    "What `topk` means for a space. Raises InputError if the importance does not fit, or is zero everywhere and has to choose."
+    if importance.shape != (space.n,):
+        raise InputError(f"importance: shape {tuple(importance.shape)} does not fit a space of {space.n:,} entries")
+    k = space.n if topk is None else topk_count(topk, space.n)
+    if k < space.n and not bool(importance.any()):
+        raise InputError(f"importance: it is zero for all {space.n:,} entries, so there is nothing to choose {k:,} by; the "
+                         f"space takes no part in the loss, or both classes have the same gradients")
+    return k
+
+
+def _nothing_left(importance: Tensor, threshold: float | None, masked: bool) -> InputError:
+    "The error for an empty choice, naming what was set."
+    most = f"the largest importance is {float(importance.max()) if len(importance) else 0:.3g}"
+    if not len(importance): return InputError("space: it has no entries, so none can be kept; give another space")
+    if threshold is None: return InputError(f"mask: it shares no entry with the {len(importance):,} of the space; widen it")
+    if not masked: return InputError(f"threshold: {threshold!r} leaves no entry of {len(importance):,} ({most}); lower it")
+    return InputError(f"threshold {threshold!r} and mask together leave no entry of {len(importance):,} ({most}); lower the threshold or widen the mask")
+
+
 def chosen_entries(
     importance: Tensor, # `(n,)`, never negative
     space: ParameterSpace, # What the entries mean
@@ -145,15 +166,13 @@ def chosen_entries(
     mask: Tensor | Sequence[int] | None = None, # Only these global indices
     budget: str = "global", # What `topk` is divided among: "global", "layer" or "parameter"
 ) -> Tensor: # `(m,)` int64 positions, ascending
-    "Positions of the most important entries. Raises InputError if none is left, or for a `topk` above `n`."
-    if importance.shape != (space.n,):
-        raise InputError(f"importance: shape {tuple(importance.shape)} does not fit a space of {space.n:,} entries")
+    "Positions of the most important entries. Raises InputError if none is left, for a `topk` above `n`, or if all entries are equally unimportant."
+    k = _number_to_keep(importance, space, topk)
     allowed = None
     if mask is not None:
         inside = space.intersect(ParameterSpace.from_global(space.names, space.shapes, torch.as_tensor(mask)))
         allowed = positions_of(space, inside.global_index)
     groups, found = stretches(space, budget), []
-    k = space.n if topk is None else topk_count(topk, space.n)
     quotas = shares([sum(b - a for a, b in group) for group in groups], k)
     for group, quota in zip(groups, quotas, strict=True):
         where = [None if allowed is None else allowed[(allowed >= a) & (allowed < b)] for a, b in group]
@@ -163,9 +182,7 @@ def chosen_entries(
         chosen = largest_in(pieces, min(quota, room))
         found += [p + a if at is None else at[p] for p, at, (a, _) in zip(chosen, where, group, strict=True)]
     positions = torch.cat(found).sort().values
-    if not len(positions):
-        raise InputError(f"threshold {threshold!r} and mask leave no entry of {space.n:,} (the largest importance is "
-                         f"{float(importance.max()) if space.n else 0:.3g}); lower the threshold or widen the mask")
+    if not len(positions): raise _nothing_left(importance, threshold, mask is not None)
     return positions
 
 # %% ../nbs/30_pruning.ipynb #1f38e905
@@ -189,7 +206,7 @@ def sample_rows(
     first = first[:n_samples - half]
     return examples.take(torch.cat([first, second[:n_samples - len(first)]]).tolist())
 
-# %% ../nbs/30_pruning.ipynb #0a587842
+# %% ../nbs/30_pruning.ipynb #3047be24
 def class_weights(
     labels: Tensor, # `(N,)`: +1, -1, or 0 for a row that does not count
 ) -> Tensor: # `(N,)` float64
@@ -214,10 +231,11 @@ def gradient_importance(
                        space=space, batch_size=batch_size)
     return total.float().abs_()
 
-# %% ../nbs/30_pruning.ipynb #6f4c14ce
+# %% ../nbs/30_pruning.ipynb #88dbcba6
 def _checked_mask(mask: Tensor | Sequence[int]) -> tuple[int, ...]:
     "A mask as ascending global indices."
-    index = torch.as_tensor(mask).flatten()
+    try: index = torch.as_tensor(mask).flatten()
+    except (TypeError, ValueError, RuntimeError) as error: raise InputError(f"mask: {mask!r:.60} is no list of global indices ({error})") from error
     if not len(index) or index.dtype == torch.bool or index.is_floating_point() or int(index.min()) < 0:
         raise InputError("mask: give at least one global index, as whole numbers; for a mask of True and False over a space "
                          "these are space.global_index[mask]")
@@ -228,11 +246,18 @@ def _check_choice_of_entries(config: "PrePruneConfig | PostPruneConfig") -> None
     "Check the fields that say how many entries are kept, and store the mask as a tuple."
     check_choice("budget", config.budget, BUDGETS)
     if config.topk is not None: check_topk(config.topk)
-    if config.threshold is not None and not (0 < config.threshold < math.inf):
+    number = isinstance(config.threshold, Real) and not isinstance(config.threshold, bool)
+    if config.threshold is not None and not (number and 0 < config.threshold < math.inf):
         raise InputError(f"threshold: {config.threshold!r} must be a number above 0; it is compared with the importance")
     if config.mask is not None: object.__setattr__(config, "mask", _checked_mask(config.mask))
     if config.topk is None and config.threshold is None and config.mask is None:
         raise InputError("topk, threshold and mask are all None, so nothing would be pruned; give one of them")
+
+
+def _check_whole(name: str, value: Any, least: int | None, why: str = "") -> None:
+    "Raise InputError unless a value is a whole number of at least `least`."
+    if not isinstance(value, Integral) or isinstance(value, bool) or (least is not None and value < least):
+        raise InputError(f"{name}: {value!r} must be a whole number{'' if least is None else f' of at least {least}'}{why}")
 
 
 @dataclass(frozen=True)
@@ -250,11 +275,11 @@ class PrePruneConfig:
     def __post_init__(self) -> None:
         check_choice("source", self.source, KINDS)
         _check_choice_of_entries(self)
-        if self.n_samples < 2:
-            raise InputError(f"n_samples: {self.n_samples} is too few; at least one row of each class is needed, so at least 2")
-        if self.batch_size < 1: raise InputError(f"batch_size: {self.batch_size} must be at least 1")
+        _check_whole("n_samples", self.n_samples, 2, ", since a row of each class is needed")
+        _check_whole("batch_size", self.batch_size, 1)
+        _check_whole("seed", self.seed, None)
 
-# %% ../nbs/30_pruning.ipynb #7bc784ca
+# %% ../nbs/30_pruning.ipynb #ebce10a6
 PARTS = ("decoder-weight", "encoder-weight", "decoder-bias", "decoder-sum")
 
 
@@ -271,7 +296,7 @@ class PostPruneConfig:
         check_choice("part", self.part, PARTS)
         _check_choice_of_entries(self)
 
-# %% ../nbs/30_pruning.ipynb #f872105c
+# %% ../nbs/30_pruning.ipynb #13e24c6d
 def cut_space(
     space: ParameterSpace,
     importance: Tensor, # `(n,)`, never negative

@@ -151,6 +151,48 @@ def test_deviation_is_relative_to_the_second():
     assert deviation(torch.zeros(2), torch.zeros(2)) == 0
 
 
+@pytest.mark.parametrize("what", ["check", "encode", "train", "store"])
+def test_a_model_in_training_is_only_borrowed(what):
+    tokenizer, model = tiny_model("bert", dtype=torch.float32)
+    for part in model.modules():
+        if isinstance(part, nn.Dropout): part.p = 0.5
+    objective = masked_lm(tokenizer)
+    model.train()
+    model.bert.embeddings.eval()  # a mode of its own
+    modes, dice = [m.training for m in model.modules()], torch.get_rng_state()
+    seen: list[bool] = []
+    hook = model.bert.encoder.layer[0].register_forward_hook(lambda module, args, output: seen.append(module.training))
+    if what == "check":
+        table = check_model(model, objective, ROWS)
+        assert not (table.answer == "no").any(), table.to_string()
+    else: estimate(model, objective, ROWS, space=ParameterSpace.from_model(model), what=what)
+    hook.remove()
+    assert seen and not any(seen)
+    assert torch.equal(dice, torch.get_rng_state()) and modes == [m.training for m in model.modules()]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_gradient_mode_of_the_caller_does_not_matter(mode):
+    tokenizer, model = tiny_model("bert", dtype=torch.float32)
+    with mode():
+        assert not (check_model(model, tokenizer, ROWS).answer == "no").any()
+        for what in module.BATCH_SIZES: assert estimate(model, masked_lm(tokenizer), ROWS, space=ParameterSpace.from_model(model), what=what).activation_bytes > 0
+        assert not torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("frame, match", [(ROWS.head(0), "it has no rows"), (ROWS.drop(columns="factual"), "factual"), (pd.DataFrame({"a": [1]}), "masked|factual"),
+                                          (ROWS.to_dict("list"), "a dict is no table"), (ROWS.assign(factual="☃"), "☃")])
+def test_rows_that_cannot_be_read_are_an_error_and_no_diagnosis(frame, match):
+    tokenizer, model = tiny_model("bert", dtype=torch.float32)
+    with pytest.raises(InputError, match=match):
+        check_model(model, tokenizer, frame)
+
+
+def test_an_objective_that_cannot_read_the_rows_is_named():
+    with pytest.raises(InputError, match=r"frame: the objective 'scores' cannot read these rows with the columns \['y'\] \(KeyError: 'x'\)"):
+        check_model(Custom(False), Scores(), POINTS.rename(columns={"x": "y"}))
+
+
 class Matrix(nn.Module):
     "x -> relu(x A) B, whose saved tensors can be counted by hand."
     def __init__(self):
@@ -216,3 +258,7 @@ def test_what_is_asked_for_must_exist():
         estimate(model, masked_lm(tokenizer), ROWS, space=space, what="trains")
     with pytest.raises(InputError, match="0 rows"):
         estimate(model, masked_lm(tokenizer), ROWS.head(0), space=space)
+    for name in ("batch_size", "directions"):
+        for value in (0, -1, 1.5, "2", True):
+            with pytest.raises(InputError, match=f"{name}={value!r} must be a whole number"):
+                estimate(model, masked_lm(tokenizer), ROWS, space=space, what="encode", **{name: value})

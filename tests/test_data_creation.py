@@ -196,7 +196,8 @@ def test_bad_cells_columns_and_empty_sources(tmp_path):
 
 def test_unknown_argument_and_sizes():
     with pytest.raises(TypeError): make(max_size=3)
-    for call in (lambda c: c.generate_training_data(0), lambda c: c.generate_neutral_data(-1)):
+    for call in (lambda c: c.generate_training_data(0), lambda c: c.generate_neutral_data(-1), lambda c: c.generate_training_data(2.5),
+                 lambda c: c.generate_training_data("10"), lambda c: c.generate_training_data(True)):
         with pytest.raises(InputError, match="must be 1 or more"): call(make())
 
 
@@ -281,6 +282,15 @@ def test_ctrl_c_before_the_second_class_still_gives_the_first():
     assert list(data) == ["3SG"] and len(data["3SG"]) == 3
 
 
+def test_ctrl_c_does_not_balance_and_divides_by_text_if_it_must(tmp_path):
+    def impatient():
+        yield from [f"He saw {i} there." for i in range(20)] + [f"They saw {i} there." for i in range(3)]
+        raise KeyboardInterrupt
+    data = make(impatient(), shuffle_buffer=None, split_by="target", output_dir=tmp_path).generate_training_data()
+    assert {c: len(t) for c, t in data.items()} == {"3SG": 20, "3PL": 3} and set(data.unified.split) == {"train", "validation", "test"}
+    assert data.report["note"].startswith("Divided by text and not by target") and data.report["note"] in (tmp_path / "README.md").read_text()
+
+
 # --- grammar -----------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -320,6 +330,42 @@ def test_batches_and_order_do_not_change_the_rows(nlp, batch_size):
     assert capped.report["searched"] < 240
 
 
+def test_ctrl_c_analyses_what_waits(nlp):
+    def impatient():
+        yield from (f"Mark saw {i} there." for i in range(20))
+        raise KeyboardInterrupt
+    tagged = [TextFilterConfig("mark", id="name", spacy_tags={"pos": "PROPN"}), TextFilterConfig("they", id="3PL")]
+    data = make(impatient(), tagged, spacy_model=nlp, shuffle_buffer=None, batch_size=64).generate_training_data()
+    assert data.report["interrupted"] and len(data["name"]) == data.report["analysed"] == 20
+
+
+def test_a_spelled_but_refused_target_is_told(nlp):
+    tagged = [TextFilterConfig("mark", id="name", spacy_tags={"pos": "PROPN", "Case": "Dat"}), TextFilterConfig("they", id="3PL")]
+    with pytest.raises(InputError, match="'mark' was spelled 4 times, never with Case=Dat and pos=PROPN") as told:
+        make(["Mark saw it.", "Mark saw them.", "They saw Mark.", "Marks for mark."], tagged, spacy_model=nlp).generate_training_data()
+    assert "alike: Marks)" in str(told.value)
+    with pytest.raises(InputError, match="'he' was spelled 3 times, never with 9 words before it"):
+        make(["They said he ran."] * 3, filters=[TextFilterConfig("he", min_left_context_words=9), PL]).generate_training_data()
+
+
+def test_numbers_that_are_not_known_are_none(nlp, tmp_path):
+    tagged = [TextFilterConfig("mark", id="name", spacy_tags={"pos": "PROPN"}), TextFilterConfig("they", id="3PL")]
+    texts = [t for i in range(40) for t in (f"Mark saw {i} there.", f"They saw {i}.")]
+    creator = make(iter(texts * 2), tagged, spacy_model=nlp, shuffle_buffer=None, batch_size=2, output_dir=tmp_path, stop_when_full=False)
+    creation_size, creation._DRAWN_FROM = creation._DRAWN_FROM, 5
+    try: creator.generate_training_data(5)
+    finally: creation._DRAWN_FROM = creation_size
+    assert creator.report["passed_over"] and creator.report["match_rates"] == {"name": None, "3PL": 0.5}
+    assert creator.report["duplicates_dropped"] is None and "duplicates" not in (tmp_path / "README.md").read_text()
+
+
+def tagger():
+    "A pipeline that says which values it writes."
+    pipeline = pytest.importorskip("spacy").blank("en")
+    pipeline.add_pipe("tagger").add_label("NN")
+    return pipeline
+
+
 def test_neutral_by_tags(nlp):
     texts = ["the rain fell", "the rain fell on Mark", "they ran off", "He ran off"]
     creator = make(texts, spacy_model=nlp)
@@ -327,6 +373,8 @@ def test_neutral_by_tags(nlp):
     for tags in ({"pos": "PROPN"}, [{"pos": "PROPN"}, {"Case": "Dat"}]):
         assert creator.generate_neutral_data(excluded_spacy_tags=tags).text.tolist() == texts[:1]
     with pytest.raises(InputError, match="spacy_model"): make(texts).generate_neutral_data(excluded_spacy_tags={"pos": "NOUN"})
+    with pytest.raises(InputError, match="is never written by"): TextPredictionDataCreator(
+        texts, [SG, PL], spacy_model=tagger()).generate_neutral_data(excluded_spacy_tags=[{"tag": "NX"}])
     with pytest.raises(InputError, match="valid are"): creator.generate_neutral_data(excluded_spacy_tags={"poss": "NOUN"})
 
 
@@ -353,6 +401,23 @@ def test_neutral_is_never_from_training():
     used = training.unified.assign(text=["The Rain fell on ALL!", "x"])
     for data in (used, {"a": used}, TrainingData(used, ("1PL", "US"))):
         assert creator.generate_neutral_data(base_data=other, training_data=data, max_size=9).text.tolist() == other[:1]
+
+
+def test_neutral_without_words_that_begin_or_end_in_a_sign():
+    texts = ["The dog's tail fell.", "The dogs ran off.", "Add -ly here now.", "It is C++11 now.", "Use C++110 here now."]
+    words = ["'s", "-ly", "C++11"]
+    assert make(texts).generate_neutral_data(additional_excluded_words=words).text.tolist() == [texts[1], texts[4]]
+
+
+def test_neutral_from_rows_without_text_and_from_paragraphs():
+    creator = make(["He saw 3 ships near town.", "They ran from the rain today."], split_ratios=TRAIN)
+    creator.generate_training_data(balance=False)
+    other = [TextFilterConfig("xx", id="a"), TextFilterConfig("yy", id="b")]
+    texts = ["Rain fell. He saw 4 ships near town!", "They ran from the rain today.", "Rain fell on us."]
+    for rows in (creator.training_data, creator.training_data.minimal):
+        assert make(texts, other).generate_neutral_data(training_data=rows).text.tolist() == texts[2:]
+    for bad in (creator.training_data.minimal[["label"]], "rows.csv"):
+        with pytest.raises(InputError, match="training_data"): make(texts, other).generate_neutral_data(training_data=bad)
 
 
 def test_neutral_near_duplicates():
@@ -436,6 +501,35 @@ def test_cache_is_used_only_for_the_same_question(tmp_path, kind):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             make(**kw).generate_training_data()
+
+
+def test_a_cache_hit_is_written_as_asked(tmp_path):
+    kw = dict(output_dir=tmp_path, use_cache=True)
+    first = make(**kw)
+    first.generate_training_data()
+    first.generate_neutral_data(9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = make(output_format="parquet", training_basename="rows", neutral_basename="rest", **kw)
+        again.generate_training_data()
+        neutral = again.generate_neutral_data(9)
+    assert read_table(tmp_path / "rows.parquet").equals(first.training_data.unified) and read_table(tmp_path / "rest.parquet").equals(neutral)
+    assert load_created(tmp_path).fingerprint == first.training_data.fingerprint
+
+
+def test_costly_entries_wait_until_somebody_asks(tmp_path, monkeypatch):
+    calls = []
+    describe, repeats = stream.SentenceStream.describe, creation.near_repeats
+    monkeypatch.setattr(stream.SentenceStream, "describe", lambda *a, **kw: calls.append("source") or describe(*a, **kw))
+    monkeypatch.setattr(creation, "near_repeats", lambda *a: calls.append("near") or repeats(*a))
+    creator = make()
+    frame = creator.generate_training_data(format="unified")
+    assert not calls and len(frame[frame.split == "train"].copy()) and creator.report["searched"] == 90 and not calls
+    assert creator.report["source"]["texts"] == 90 and creator.report["source"]["fingerprint"] and calls == ["source"]
+    creator.training_data.save(tmp_path)
+    assert sorted(calls) == ["near", "source"]
+    assert load_created(tmp_path).report == json.loads(json.dumps(creator.report))
+    assert load_created(tmp_path).configuration == json.loads(json.dumps(creator.training_data.configuration))
 
 
 def test_cache_of_neutral_texts_and_sources_without_fingerprint(tmp_path):

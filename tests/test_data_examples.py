@@ -10,12 +10,16 @@ from hypothesis import strategies as st
 
 from gradiend.core import InputError
 from gradiend.data.alternatives import dictionary_forms, draw_words, in_place, starts_sentence
+from gradiend.data.creation import TextPredictionDataCreator
 from gradiend.data.examples import COLUMNS, Examples, gradient_labels, make_examples, neutral_examples
+from gradiend.data.filters import TextFilterConfig
 from gradiend.data.tables import write_table
 
 
 def table(rows, **columns):
-    return pd.DataFrame(rows, columns=["masked", "label", "label_class"]).assign(**columns)
+    "Rows for training, as most tables here are too small to be divided; `split=None` leaves the column out."
+    frame = pd.DataFrame(rows, columns=["masked", "label", "label_class"]).assign(**{"split": "train", **columns})
+    return frame.drop(columns="split") if columns.get("split", "") is None else frame
 
 
 AB = table([("[MASK] ran.", "He", "s"), ("So [MASK] ran.", "he", "s"), ("[MASK] fell.", "They", "p"), ("So [MASK] fell.", "they", "p")])
@@ -54,6 +58,7 @@ def test_words_with_a_capital_of_their_own():
     assert ex.frame.alternative.tolist() == ["white", "White", "Asian", "Asian"] and ex.words("w") == ("white",)
 
 
+@pytest.mark.filterwarnings("ignore:in the splits of the data")
 def test_alternatives_come_from_train_by_frequency():
     rows = [(f"So {i} [MASK] ran.", "it" if i % 4 else "he", "s") for i in range(400)] + \
         [(f"So {i} [MASK] fell.", "they", "p") for i in range(400)] + [("In test [MASK] ran.", "xe", "s")]
@@ -78,6 +83,7 @@ def test_full_frames_are_kept_as_they_are():
     assert make_examples({"s": full[:2], "p": full[2:]}).frame.equals(full)
 
 
+@pytest.mark.filterwarnings("ignore:in the splits of the data")
 def test_splits():
     ex = make_examples(AB.assign(split=["Dev", "training", "test", "val"]))
     assert ex.frame.split.tolist() == ["validation", "train", "test", "validation"]
@@ -85,7 +91,7 @@ def test_splits():
     with pytest.raises(InputError, match="split='unseen'"): ex.select("unseen")
     with pytest.warns(UserWarning, match="1 texts are in more than one split"):
         make_examples(table([("[MASK] saw it.", "He", "s"), ("He saw [MASK].", "it", "s"), ("[MASK] go.", "They", "p")], split=["train", "test", "train"]))
-    many = table([(f"[MASK] saw {i}.", w, c) for i in range(50) for w, c in (("He", "s"), ("They", "p"))])
+    many = table([(f"[MASK] saw {i}.", w, c) for i in range(50) for w, c in (("He", "s"), ("They", "p"))], split=None)
     assert make_examples(many).frame.split.value_counts().to_dict() == {"train": 80, "validation": 10, "test": 10}
 
 
@@ -119,8 +125,14 @@ def test_the_row_with_two_placeholders_is_named():
 
 def test_folders(tmp_path):
     for cls, part in AB.groupby("label_class"): write_table(part.drop(columns="label_class"), tmp_path / "per_class" / f"{cls}.csv")
-    assert make_examples(tmp_path / "per_class").pair == ("p", "s")     # by file name
-    assert make_examples(tmp_path / "per_class", pair=("s", "p")).pair == ("s", "p")
+    with pytest.raises(InputError, match="the alphabet must not decide which is .1: say pair="): make_examples(tmp_path / "per_class")
+    own = {c: AB[AB.label_class == c].drop(columns="label_class") for c in "sp"}
+    for pair in (("s", "p"), ("p", "s")):                              # the rows follow the pair, as in a dictionary in that order
+        assert make_examples(tmp_path / "per_class", pair=pair).fingerprint == make_examples({c: own[c] for c in pair}).fingerprint
+    assert make_examples(tmp_path / "per_class", class_merge_map={"S": "s", "P": "p"}).pair == ("S", "P")
+    assert make_examples(tmp_path / "per_class", all_classes=["s", "p"]).pair == ("s", "p")
+    write_table(AB, tmp_path / "alone" / "pronouns.csv")
+    assert make_examples(tmp_path / "alone").fingerprint == make_examples(AB).fingerprint
     write_table(AB, tmp_path / "made" / "training.csv")
     write_table(pd.DataFrame({"text": ["x"]}), tmp_path / "made" / "neutral.csv")
     assert make_examples(str(tmp_path / "made")).pair == ("s", "p")
@@ -146,8 +158,12 @@ ROW = st.tuples(st.sampled_from(["", "So ", "He left. ", "\"Go!\" ", "Äh, "]), 
 ROWS = st.tuples(st.lists(st.tuples(ROW, st.sampled_from(SINGULAR)), min_size=1, max_size=12), st.lists(st.tuples(ROW, st.sampled_from(PLURAL)), min_size=1, max_size=12))
 
 
+ROWS = ROWS.map(lambda rows: tuple([(("So ", " sat", 100 + i), own[0]) for i in range(3)] + r    # so that each class can be divided
+                                   for own, r in zip((SINGULAR, PLURAL), rows, strict=True)))
+
+
 def merged(rows):
-    return table([(f"{a}[MASK]{b} {n}", w, c) for c, own in zip("sp", rows, strict=True) for (a, b, n), w in own])
+    return table([(f"{a}[MASK]{b} {n}", w, c) for c, own in zip("sp", rows, strict=True) for (a, b, n), w in own], split=None)
 
 
 @settings(max_examples=10, deadline=None)
@@ -193,10 +209,11 @@ def test_lexicon_pairs_and_explicit_alternatives_agree():
                          "alternative": ["Actress", "queen", "waiter"], "alternative_class": ["f", "f", "m"]})
     pairs = told.set_axis(["masked", "source", "source_id", "target", "target_id"], axis=1)
     by_class = {"m": wide[:2].drop(columns="label_class"), "f": wide[2:].drop(columns="label_class")}
-    made = [make_examples(d) for d in (wide, told, pairs, by_class, told.rename(columns={"factual": "label", "factual_class": "label_class"}))]
+    ratios = (1, 0, 0)
+    made = [make_examples(d, split_ratios=ratios) for d in (wide, told, pairs, by_class, told.rename(columns={"factual": "label", "factual_class": "label_class"}))]
     assert len({m.fingerprint for m in made}) == 1 and made[0].frame.columns.tolist() == list(COLUMNS)
     gap = wide.assign(f=["", "queen", "waitress"])                # a gap in the lexicon is filled by a draw
-    assert make_examples(gap).frame.alternative.tolist() == ["Waitress", "queen", "waiter"]
+    assert make_examples(gap, split_ratios=ratios).frame.alternative.tolist() == ["Waitress", "queen", "waiter"]
 
 
 def test_a_column_that_only_has_the_name_of_a_class_is_kept():
@@ -359,12 +376,16 @@ def test_words_of_the_test_are_not_drawn_in_training():
 
 def test_rows_of_both_classes_at_once():
     torn = pd.concat([AB, AB[:1].assign(label_class="p")])
-    with pytest.warns(UserWarning, match="1 rows agree with a row of the other class"): ex = make_examples(torn)
-    assert ex.frame.query("masked == '[MASK] ran.'").factual_class.tolist() == ["s"]
+    with pytest.warns(UserWarning, match="dropped 2 rows whose text and word are in both classes"): ex = make_examples(torn)
+    assert ex.frame.masked.tolist() == AB.masked.tolist()[1:] and ex.frame.attrs["contradictions_dropped"] == 2
+    with pytest.raises(InputError, match="all 2 rows of class 'p' are contradictory"):
+        make_examples(pd.concat([AB[:2], table([("Now [MASK] ran.", "he", "s")]), AB[:2].assign(label_class="p")]))
+    both = AB.assign(label_class=["s", "t", "p", "p"], masked="[MASK] ran.", label=["He", "He", "They", "We"])
+    assert make_examples(both, class_merge_map={"S": ["s", "t"], "P": ["p"]}).frame.attrs["duplicates_dropped"] == 1     # one class when merged
 
 
 def test_caps():
-    many = table([(f"[MASK] saw {i}.", w, c) for i in range(100) for w, c in (("He", "s"), ("They", "p"), ("We", "w"))])
+    many = table([(f"[MASK] saw {i}.", w, c) for i in range(100) for w, c in (("He", "s"), ("They", "p"), ("We", "w"))], split=None)
     ex = make_examples(many, pair=("s", "p"), max_per_class=20, identity_rows=True)
     assert ex.frame.groupby("factual_class").split.value_counts().unstack().loc[["s", "p", "w"], ["train", "validation", "test"]].to_numpy().tolist() == [[16, 2, 2]] * 3
     full = make_examples(many, pair=("s", "p"))
@@ -375,7 +396,37 @@ def test_caps():
             with pytest.raises(InputError, match=f"{name}={bad!r} must be a whole number"): make_examples(many, pair=("s", "p"), **{name: bad})
 
 
+@pytest.mark.parametrize("options, message", [
+    ({"seed": None}, "seed=None must be a whole number"), ({"seed": 1.0}, "seed=1.0"), ({"seed": -1}, "seed=-1"), ({"seed": True}, "seed=True"), ({"mask": ""}, "mask='' must be"),
+    ({"mask": " "}, "mask=' '"), ({"mask": None}, "mask=None")])
+def test_seed_and_mask(options, message):
+    with pytest.raises(InputError, match=message): make_examples(AB, **options)
+    with pytest.raises(InputError, match=message): neutral_examples(["big cat"], **options)
+
+
 # --- splits ---
+
+def test_classes_too_small_for_the_splits():
+    rows = [(f"[MASK] saw {i}.", w, c) for w, c, n in (("He", "s", 9), ("They", "p", 2), ("We", "w", 9)) for i in range(n)]
+    small = table(rows, split=None)
+    with pytest.raises(InputError, match="p has no rows in validation and test .different texts of each class: s: 9, p: 2.*on_small_class='drop'"):
+        make_examples(small, pair=("s", "p"))
+    assert set(make_examples(small, pair=("s", "p"), split_ratios=(1, 0, 0)).frame.split) == {"train"}
+    assert make_examples(small, pair=("s", "w"), identity_rows=True).pair == ("s", "w")       # other classes do not matter
+    with pytest.raises(InputError, match="leaves too few classes: p has no rows"): make_examples(small, pair=("s", "p"), on_small_class="drop")
+    with pytest.warns(UserWarning, match="dropped classes too small for the splits: p has"):
+        assert make_examples(small, on_small_class="drop").pair == ("s", "w")
+    with pytest.raises(InputError, match="3 classes .s, p, w.: choose two"): make_examples(small)
+
+
+def test_given_splits_are_kept_and_looked_at():
+    given = table([(f"[MASK] saw {i}.", w, c) for i in range(3) for w, c in (("He", "s"), ("They", "p"))], split=["train", "train", "dev", "train", "test", "test"])
+    with pytest.warns(UserWarning, match="in the splits of the data, p has no rows in validation .*s: 3, p: 3"): make_examples(given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_examples(given.assign(split="train"))
+    with pytest.raises(InputError, match="split_ratios=.0.5, 0.5, 0. is given, and the data brings its own splits"): make_examples(given, split_ratios=(0.5, 0.5, 0))
+
 
 def test_dividing_anew():
     words = {"s": ["he", "she", "it", "I"], "p": ["they", "we", "ye", "both"]}
@@ -405,11 +456,25 @@ def test_several_placeholders_only_if_asked_for():
     rows = table([("[MASK] said that [MASK] knew.", "He", "s"), ("So [MASK] and [MASK] ran.", "they", "p"), ("[MASK] and [MASK] ran.", "They", "p")])
     with pytest.raises(InputError, match="2 times instead of once .3 such rows.*mask_all=True"): make_examples(rows)
     ex = make_examples(rows, mask_all=True)
-    assert ex.frame.text.tolist() == ["He said that He knew.", "So they and they ran.", "They and They ran."]
+    assert ex.frame.text.tolist() == ["He said that he knew.", "So they and they ran.", "They and they ran."]
     assert ex.frame.alternative.tolist() == ["They", "he", "He"] and make_examples(ex).fingerprint == ex.fingerprint
     with pytest.raises(InputError, match="0 times"): make_examples(rows, mask_all=True, mask="<m>")
     given_text = make_examples(rows.assign(text=["He said that he knew.", "", None]), mask_all=True).frame.text.tolist()
-    assert given_text == ["He said that he knew.", "So they and they ran.", "They and They ran."]
+    assert given_text == ["He said that he knew.", "So they and they ran.", "They and they ran."]
+    words = table([("[MASK] ran. [MASK] fell, and [MASK] sat.", w, c) for w, c in (("He", "s"), ("I", "i"), ("THEY", "p"), ("they", "p"))])
+    assert make_examples(words, mask_all=True, pair=("s", "i"), identity_rows=True).frame.text.tolist() == [
+        "He ran. He fell, and he sat.", "I ran. I fell, and I sat.", "THEY ran. THEY fell, and THEY sat.", "they ran. they fell, and they sat."]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "hf"])
+def test_a_folder_of_a_creator_is_the_object_in_memory(tmp_path, form):
+    lines = [f"{w} said that {w.lower()} saw {i}." for i in range(20) for w in ("He", "They")]
+    filters = [TextFilterConfig("they", id="z"), TextFilterConfig("he", id="a")]
+    made = TextPredictionDataCreator(lines, filters, mask="<m>", mask_all=True).generate_training_data()
+    assert (made.unified.masked.str.count("<m>") == 2).all()
+    ex = make_examples(made)                                           # it says itself how it was masked
+    assert ex.mask == "<m>" and ex.pair == ("z", "a") and make_examples(ex).fingerprint == ex.fingerprint
+    assert make_examples(made.save(tmp_path / "made", format=form, name="rows")).fingerprint == ex.fingerprint
 
 
 def test_data_that_knows_its_placeholder():

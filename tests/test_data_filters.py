@@ -92,8 +92,8 @@ def test_against_a_word_by_word_search():
 
 # ---- the two searches, the slow one, and texts in any spelling ------------------------------------------------------
 
-TARGETS = ["he", "it", "IT", "I", "us", "US", "York", "New York", "New", "C++", "C", "'s", "-ly", "é", "été", "über", "it's", "a.b", "x y z", "y", "क"]
-PIECES = [*TARGETS, "He", "Us", "It", "e\u0301", "u\u0308ber", "’s", "‐ly", " ", " ", " ", "\u00a0", "\n", "-", "'", "’", ".", "+", "_", "2", "\u0301", "\u00ad",
+TARGETS = ["he", "it", "IT", "I", "us", "US", "York", "New York", "New", "C++", "C", "C#", "'s", "-ly", "é", "été", "über", "it's", "a.b", "x y z", "y", "क"]
+PIECES = [*TARGETS, "He", "Us", "It", "e\u0301", "u\u0308ber", "’s", "‐ly", " ", " ", " ", "\u00a0", "\n", "-", "'", "’", ".", "+", "#", "_", "2", "\u0301", "\u00ad",
           "\u200b", "की", "😀", "\u1112\u1161\u11ab", "the", "", "“", "—", "ß", "ǆ", "İ"]
 
 
@@ -128,6 +128,7 @@ def slowly(text, filters):
     def alone(i, j):
         before, after = plain[:i], plain[j:]
         left = plain[i] in "'-" or not (before and word(before[-1]) or len(before) > 1 and before[-1] in "'-" and word(before[-2]))
+        if after and after[0] in "+#" and word(plain[j - 1]): return False
         right = plain[j - 1] in "'-" or not (after and word(after[0]) or len(after) > 1 and after[0] in "'-" and word(after[1]))
         return left and right
     found, i = [], 0
@@ -205,7 +206,7 @@ def test_without_pyahocorasick(monkeypatch):
 
 @pytest.mark.parametrize("targets, text, expected", [
     ("'s", "John's, it’s 's s", ["'s", "’s", "'s"]), ("n't", "don't isn't n't", ["n't"]), ("-ly", "quick-ly -ly ly", ["-ly", "-ly"]),
-    ("C++", "(C++) C++'s C++! xC++ C++x", ["C++", "C++"]), ("C#", "C#, C#7", ["C#"]), (".NET", "ASP.NET .NET", [".NET"]),
+    ("C++", "(C++) C++'s C++! xC++ C++x", ["C++", "C++"]), ("C#", "C#, C#7", ["C#"]), ("C", "C C++ C# C++11 C+x (C) C, C + C", ["C"] * 5), (["C", "C++"], "C++ or C", ["C++", "C"]), (".NET", "ASP.NET .NET", [".NET"]),
     ("New York", "New York, new york, NEW YORK, New\tYork", ["New York", "new york", "New\tYork"]), ("$", "5 $, $5", ["$"]),
     ("it", "IT it It iT", ["it", "It"]), ("IT", "IT it It", ["IT"]), ("I", "I i I'm I.", ["I", "I"]), ("us", "US us Us U.S.", ["us", "Us"]),
     (["us", "US"], "US us Us", ["US", "us", "Us"]), ("ich", "Ich ich ICH dich", ["Ich", "ich"]), ("ἐγώ", "ἐγώ Ἐγώ", ["ἐγώ", "Ἐγώ"]),
@@ -299,7 +300,21 @@ def test_only_active_classes_need_an_analysis():
     assert [m.word for m in matcher.resolve("der sagt they", hits, active={"3PL"})] == ["they"]
     with pytest.raises(InputError, match=r"must be analysed \(morph\): pass doc"): matcher.resolve("der sagt they", hits)
     with pytest.raises(InputError, match="not of 'der sagt they'"): matcher.resolve("der sagt they", hits, analysed("x"))
-    with pytest.warns(UserWarning, match="blank pipeline"): find_matches("der", DER, spacy.blank("de")("der"))
+
+
+def test_an_analysis_that_lacks_what_is_asked_for():
+    blank = spacy.blank("de")
+    with pytest.raises(InputError, match="doc of 'der' has no morph: use a pipeline"): find_matches("der", DER, blank("der"))
+    assert find_matches("they", [*DER, PL], blank("they"))[0].word == "they"          # not needed here
+    go = TextFilterConfig("go", use_lemma=True)
+    doc = analysed("I", "went")
+    with pytest.raises(InputError, match="doc of 'I went ' has no lemma"): find_matches(doc.text, go, doc)
+    tags = TextFilterConfig("go", id="x", spacy_tags={"tag": "VB", "Mood": "Ind", "pos": "X"})
+    with pytest.raises(InputError, match="doc of 'go ' has no tag: "): find_matches("go ", tags, analysed("go"))
+    with pytest.raises(InputError, match="has no morph, pos, tag: "): find_matches("go", tags, blank("go"))
+    name = TextFilterConfig("rose", spacy_tags={"ent_type": "PERSON"})
+    with pytest.raises(InputError, match="has no ent_type"): find_matches("rose", name, blank("rose"))
+    assert find_matches("rose ", name, Doc(VOCAB, words=["rose"], ents=["O"])) == []   # analysed, and no name
 
 
 def test_the_pipeline_is_checked():

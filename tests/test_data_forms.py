@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gradiend.core import InputError, fingerprint
-from gradiend.data.forms import Columns, long_table, split_name
+from gradiend.data.forms import Columns, long_table, placeholder_of, split_name
 from gradiend.data.tables import write_table
 
 MERGED = pd.DataFrame([
@@ -85,6 +85,25 @@ def test_folder_of_a_creator(tmp_path):
     assert name(saved) == EXPECTED
 
 
+def test_folders_with_one_table(tmp_path):
+    write_table(MERGED, tmp_path / "json" / "training.json")
+    assert name(tmp_path / "json") == EXPECTED
+    write_table(MERGED, tmp_path / "other" / "pronouns.tsv")
+    write_table(pd.DataFrame({"text": ["It rains."]}), tmp_path / "other" / "neutral.tsv")
+    assert name(tmp_path / "other") == EXPECTED and not long_table(tmp_path / "other").attrs
+    write_table(MERGED.drop(columns="split"), tmp_path / "split" / "test.csv")
+    assert set(long_table(tmp_path / "split").split) == {"test"}            # the name of a split still says the split
+    for c in CLASSES: write_table(part(c), tmp_path / "classes" / f"{c}.csv")
+    assert long_table(tmp_path / "classes").attrs == {"classes_by_name": True}
+    (tmp_path / "classes" / "dataset.json").write_text("[]")                # somebody else's record
+    assert placeholder_of(tmp_path / "classes") == ("[MASK]", False) and len(long_table(tmp_path / "classes")) == 4
+
+
+def test_rows_without_a_split_are_named():
+    with pytest.raises(InputError, match="row 2 of data .3PL: 'NA .* has no split .1 such rows.: give all rows one"): long_table(MERGED.assign(split=["train", "test", float("nan"), "dev"]))
+    with pytest.raises(InputError, match="row 2 of data .* .2 such rows"): long_table({"3SG": part("3SG"), "3PL": part("3PL").drop(columns="split")})
+
+
 def test_saved_data_sets(tmp_path):
     datasets.Dataset.from_pandas(MERGED).save_to_disk(str(tmp_path / "one"))
     assert name(tmp_path / "one") == EXPECTED
@@ -131,6 +150,9 @@ def test_hub_with_one_configuration(monkeypatch):
     hub = Hub(monkeypatch, {"default": MERGED})
     table = long_table("org/pronouns")
     assert sorted(table.factual) == sorted(MERGED.label) and hub.asked == [("default", None)]
+    assert not table.attrs
+    hub.configs = {c: part(c) for c in CLASSES}
+    assert long_table("org/pronouns").attrs == {"classes_by_name": True} and not long_table("org/pronouns", hf_config=CLASSES).attrs
     hub.configs = {"big": MERGED, "small": MERGED[:2]}
     assert len(long_table("org/pronouns", hf_config="small")) == 2
 
@@ -165,6 +187,9 @@ def test_pairs_only_if_asked_for():
     data = {c: PAIRS[PAIRS.source_id == c].drop(columns=["source_id", "target_id"]) for c in CLASSES}
     assert long_table(data, paired=True).alternative.tolist() == PAIRS.target.tolist()
     with pytest.raises(InputError, match="must have the columns masked"): long_table(data)     # two of the four are not enough
+    short = PAIRS[["masked", "source", "target"]]
+    with pytest.raises(InputError, match="read with paired=True .and source_id"): long_table(short)
+    with pytest.raises(InputError, match="pairs without their classes: give the columns source_id"): long_table(short, paired=True)
     noted = MERGED.assign(source="a book", target="readers")
     assert name(noted) == EXPECTED and "source" in long_table(noted).columns
     both = PAIRS.assign(label="x")

@@ -86,6 +86,13 @@ def test_two_parts_share_a_folder_and_a_foreign_readme_survives(tmp_path):
     assert read_json(tmp_path / "dataset.json")["parts"]["neutral"]["gradiend"]
 
 
+def test_the_card_keeps_the_examples_of_both_parts(tmp_path):
+    data().save(tmp_path)
+    write_part(tmp_path, "neutral", pd.DataFrame({"text": ["The rain fell."]}), report={"texts_read": 1}, configuration={})
+    card = (tmp_path / "README.md").read_text()
+    assert "| [MASK] ran. | He | sg | train |" in card and "| The rain fell. |" in card and "duplicates dropped" not in card
+
+
 def test_errors(tmp_path):
     with pytest.raises(InputError, match="holds no training data: there is no dataset.json"): load_created(tmp_path)
     with pytest.raises(InputError, match="format='xls'"): data().save(tmp_path / "x", format="xls")

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from gradiend.core import InputError
 from gradiend.data.examples import make_examples
-from gradiend.gradients.engine import KINDS, accumulate, encode, mix, pair_gradients, pair_weights, row_gradients, weighted_sums
+from gradiend.gradients.engine import KINDS, _directions, accumulate, encode, mix, pair_gradients, pair_weights, row_gradients, weighted_sums
 from gradiend.gradients.ghost import NotRowAligned
 from gradiend.gradients.objectives import MaskedLM, objective_for
 from gradiend.gradients.space import ParameterSpace
@@ -395,3 +395,129 @@ def test_modules_whose_forward_is_wrapped(kind):
     for engine in ("ghost", "jvp", "loop"):
         check_close(kind, encode(model, objective, ROWS, directions, space=space, kind="diff", engine=engine), expected @ directions.T)
     check_close(kind, accumulate(model, objective, ROWS, torch.ones(len(ROWS)), -torch.ones(len(ROWS)), space=space), expected.sum(0))
+
+
+CAPABLE = {"opt": "jvp", "bart": "ghost", "deberta": "jvp"}  # OPT's layers fold rows and tokens into one dimension
+
+
+@pytest.mark.parametrize("kind", list(CAPABLE))
+def test_models_with_habits_of_their_own(kind, caplog):
+    model, objective, space = make(kind)
+    directions = torch.randn(2, space.n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = reference(kind, "diff") @ directions.T
+
+    def close(found): torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5 * float(expected.abs().max()))
+
+    with caplog.at_level(logging.DEBUG, logger="gradiend.gradients.engine"): close(encode(model, objective, ROWS, directions, space=space, kind="diff"))
+    assert f"engine {CAPABLE[kind]}, 5 rows" in caplog.text
+    for engine in ("jvp", "loop"): close(encode(model, objective, ROWS, directions, space=space, kind="diff", engine=engine))
+    if CAPABLE[kind] == "jvp":
+        refusal = "is given to every row" if kind == "deberta" else "does not count the 5 inputs"
+        with pytest.raises(NotRowAligned, match=refusal): encode(model, objective, ROWS, directions, space=space, engine="ghost")
+        with pytest.warns(UserWarning, match="one backward pass per row"): rows = row_gradients(model, objective, ROWS, space=space, kind="diff")
+    else: rows = row_gradients(model, objective, ROWS, space=space, kind="diff", engine="ghost")
+    close(rows @ directions.T)
+
+
+ENTRIES = {  # every way into the engine
+    **{f"encode {e}": lambda m, o, s, e=e: encode(m, o, ROWS, torch.ones(s.n), space=s, engine=e) for e in ("auto", "ghost", "jvp", "loop")},
+    **{f"rows {e}": lambda m, o, s, e=e: row_gradients(m, o, ROWS, space=s, engine=e) for e in ("auto", "ghost", "loop")},
+    "accumulate": lambda m, o, s: accumulate(m, o, ROWS, torch.ones(5), torch.ones(5), space=s),
+    "pair": lambda m, o, s: pair_gradients(m, o, o.prepare(ROWS), source="factual", target="diff", space=s),
+    "sums": lambda m, o, s: weighted_sums(m, o, o.prepare(ROWS), torch.ones(1, 2, 5), space=s),
+}
+
+
+@pytest.mark.parametrize("entry", list(ENTRIES))
+def test_a_space_of_another_model_is_refused(entry):
+    model, objective, full = make("bert")
+    sizes = {"vocab_size": len(tokenizer()), "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    larger = BertForMaskedLM(BertConfig(hidden_size=32, intermediate_size=48, **sizes)).double().eval()  # equal names, other shapes
+    for space in (full, thin(full)):
+        with pytest.raises(InputError, match=r"embeddings.weight' has shape \(\d+, 16\) in the space and \(\d+, 32\) in this BertForMaskedLM"): ENTRIES[entry](larger, objective, space)
+    with pytest.raises(InputError, match="is not a parameter of this Linear"): ENTRIES[entry](nn.Linear(2, 2), objective, full)
+    with pytest.raises(InputError, match="no entries"): ENTRIES[entry](model, objective, full.keep([]))
+
+
+def test_directions_of_any_kind():
+    model, objective, full = make("bert")
+    space = thin(full, 50)
+    w = torch.randn(2, space.n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = encode(model, objective, ROWS, w, space=space)
+    for same_directions in (w.numpy(), w.tolist(), w.clone().requires_grad_()): torch.testing.assert_close(encode(model, objective, ROWS, same_directions, space=space), expected, rtol=0, atol=0)
+    torch.testing.assert_close(encode(model, objective, ROWS, w[0].tolist(), space=space), expected[:, :1])
+    for engine in ("auto", "ghost", "jvp", "loop"):
+        found = encode(model, objective, ROWS, w[:0], space=space, engine=engine)
+        assert found.shape == (5, 0) and found.dtype == torch.float64
+    for wrong in (torch.tensor(1.0), w[None], w[:, 1:], ["a"] * space.n, [w[0], w[1]], None):
+        with pytest.raises(InputError, match=rf"directions: .*\({space.n},\) or \(K, {space.n}\)"): encode(model, objective, ROWS, wrong, space=space)
+    moved = _directions(w, space.n, torch.empty(1, device="meta"))  # no second device here, but one that can be asked for
+    assert moved.device.type == "meta" and moved.dtype == torch.float32
+
+
+def test_a_batch_size_below_one_and_a_table_that_is_none():
+    model, objective, space = make("bert")
+    calls = [lambda frame, size: encode(model, objective, frame, torch.ones(space.n), space=space, batch_size=size), lambda frame, size: row_gradients(model, objective, frame, space=space, batch_size=size),
+             lambda frame, size: accumulate(model, objective, frame, torch.ones(5), torch.ones(5), space=space, batch_size=size)]
+    for call in calls:
+        for size in (0, -3):
+            with pytest.raises(InputError, match=f"batch_size={size}"): call(ROWS, size)
+        with pytest.raises(InputError, match="examples: dict is no table"): call(ROWS.to_dict(), 4)
+        with pytest.raises(InputError, match="no column 'alternative'"): call(ROWS[["masked", "factual"]], 4)
+
+
+class Changed(MaskedLM):
+    "An objective whose losses are spoilt by a function."
+    def __init__(self, words, spoil):
+        super().__init__(words)
+        self.spoil = spoil
+
+    def losses(self, model, batch): return self.spoil(super().losses(model, batch))
+
+
+SPOILT = {
+    "one number": (lambda x: (x[0].mean(), x[1].mean()), r"Changed.losses returned a tensor \(\), a tensor \(\); it must return two tensors"),
+    "one number, kept": (lambda x: (x[0].mean()[None], x[1].mean()[None]), r"must return two tensors"),
+    "one tensor": (lambda x: x[0], "must return two tensors"), "no tensor": (lambda x: None, "returned NoneType"), "three": (lambda x: (*x, x[0]), "must return two tensors"),
+    "uneven": (lambda x: (x[0], x[1][1:]), "must return two tensors"), "lists": (lambda x: (x[0].tolist(), x[1].tolist()), "returned list, list"),
+    "detached": (lambda x: (x[0].detach(), x[1].detach()), "do not depend on the model's parameters"),
+}
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e not in ("pair", "sums")])
+@pytest.mark.parametrize("fault", list(SPOILT))
+def test_losses_that_are_none(fault, entry):
+    words, model = tiny("bert")
+    spoil, message = SPOILT[fault]
+    if fault == "one number, kept" and "loop" in entry: return  # right for one row at a time
+    with pytest.raises(InputError, match=message): ENTRIES[entry](model, Changed(words, spoil), thin(ParameterSpace.from_model(model), 50))
+
+
+def test_a_space_that_the_losses_do_not_use_has_zero_gradients():
+    class Idle(nn.Sequential):
+        def forward(self, x): return self[0](x)
+    model = Idle(nn.Linear(2, 3), nn.Linear(2, 3))
+    space = ParameterSpace.from_model(model, "1.weight")
+    for engine in ("ghost", "jvp", "loop"): assert encode(model, Scores(), POINTS, torch.ones(6), space=space, engine=engine).tolist() == [[0.0]] * 3
+    assert not row_gradients(model, Scores(), POINTS, space=space).any() and not accumulate(model, Scores(), POINTS, [1.0] * 3, [1.0] * 3, space=space).any()
+
+
+@pytest.mark.parametrize("kind", [NotImplementedError, RuntimeError])
+@pytest.mark.parametrize("entry", list(ENTRIES))
+def test_an_error_of_the_objective_is_shown_as_it_is(entry, kind):
+    words, model = tiny("bert")
+
+    def spoil(x): raise kind("no losses today")
+    with pytest.raises(kind, match="no losses today"), warnings.catch_warnings():
+        warnings.simplefilter("error")  # and no word about engines
+        ENTRIES[entry](model, Changed(words, spoil), thin(ParameterSpace.from_model(model), 50))
+
+
+@pytest.mark.parametrize("size", [1e8, 1e-8])
+def test_the_size_of_the_weights_does_not_matter_in_float16(size):
+    words, model = tiny_model("bert", dtype=torch.float16)
+    objective, space, ones = MaskedLM(words), ParameterSpace.from_model(model), torch.ones(5, requires_grad=True)
+    expected = accumulate(model, objective, ROWS, ones, -ones, space=space)
+    found = accumulate(model, objective, ROWS, ones * size, -ones * size, space=space)
+    assert not found.requires_grad
+    torch.testing.assert_close(found / size, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))

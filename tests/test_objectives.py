@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from gradiend.core import InputError
 from gradiend.gradients.objectives import CausalCloze, CausalLM, MaskedLM, Seq2SeqLM, kind_of, longest_input, masked_lm, objective_for, word_sets
 from gradiend.gradients.store import objective_identity
-from gradiend.gradients.tokens import Tokens, batches, crop, prediction_module, split_tokens, states_at
+from gradiend.gradients.tokens import Collector, Question, Tokens, batches, crop, prediction_module, slot_sums, split_tokens, states_at
 
 from .tiny import ARCHITECTURES, CAUSAL, CONFIGS, FLOAT32_INSIDE, byte_level_tokenizer, gpt_tokenizer, t5_tokenizer, tiny_model
 
@@ -359,6 +359,89 @@ def test_errors_name_the_remedy():
              ("no sentinel <extra_id_10>", lambda: Seq2SeqLM(t5_tokenizer()).prepare(ROWS.iloc[[0]].assign(masked="[MASK] " * 11)))]
     for message, action in cases:
         with pytest.raises(InputError, match=message): action()
+
+
+@pytest.mark.parametrize("kind", ["opt", "bart"])
+def test_a_model_whose_head_reads_the_decoder_inside_its_backbone(kind):
+    objective, tokenizer, model = make(kind, "auto")
+    assert objective.name == "causal_lm" and prediction_module(model) is not model.base_model
+    losses = torch.stack(objective.losses(model, objective.prepare(ROWS)))
+    check_close(kind, losses, plain_losses(objective, tokenizer, model), tol=1e-6)
+
+
+class Bypass(torch.nn.Module):
+    "Calls what is inside its backbone, or its backbone twice."
+    def __init__(self, model, how):
+        super().__init__()
+        self.inner, self.how = model, how
+
+    @property
+    def base_model(self): return self.inner.transformer
+
+    def forward(self, input_ids, attention_mask, return_dict):
+        backbone = self.inner.transformer
+        if self.how == "around":
+            states = backbone.wte(input_ids)
+            for block in backbone.h: states = block(states)
+            return type("Output", (), {"logits": self.inner.lm_head(states)})
+        states = backbone(input_ids, attention_mask=attention_mask).last_hidden_state
+        if self.how == "twice": backbone(input_ids, attention_mask=attention_mask)
+        logits = self.inner.lm_head(states)
+        return type("Output", (), {"logits": logits[:, :1] if self.how == "short" else logits})
+
+
+@pytest.mark.parametrize("how, message", [("around", "GPT2Model 0 times"), ("twice", "GPT2Model 2 times"), ("short", "scores of shape")])
+def test_a_model_whose_head_reads_other_states_is_refused(how, message):
+    objective, _, model = make("gpt2", "causal_lm")
+    with pytest.raises(InputError, match=message): slot_sums(Bypass(model, how), objective.prepare(ROWS))
+    assert not model.transformer._forward_hooks
+
+
+@pytest.mark.parametrize("kind, name", [(k, n) for k in ("gpt2", "qwen3", "llama") for n in ("causal_lm", "causal_cloze")])
+def test_something_stands_in_front_of_a_causal_word_however_short_the_input(kind, name):
+    tokenizer, model = tiny(kind)
+    row = ROWS.iloc[[0]].assign(factual="unhappiness", alternative="unhappiness")
+    [tokens] = split_tokens(tokenizer, row.masked.tolist(), ["unhappiness"])
+    word = [tokens.ids[c] for c in tokens.columns]
+    for limit in range(1, len(word) + 4):
+        objective = objective_for(tokenizer, model, name=name, max_length=limit)
+        if limit <= len(word):  # nothing would be left to predict the first token from
+            with pytest.raises(InputError, match="row 0: the hidden words take"): objective.prepare(row)
+            continue
+        batch = objective.prepare(row)
+        assert (batch.columns >= 0).all() and batch.token[batch.slot == 0][:len(word)].tolist() == word
+        first = batch.columns[batch.place[batch.slot == 0][0]]
+        before = batch.input_ids[0, first].item()
+        assert before in (tokens.ids[tokens.columns[0] - 1], tokens.ids[0] if tokens.head else None)  # the token in front of it, or the start token
+        assert torch.isfinite(objective.losses(model, batch)[0]).all()
+    for column in (-1, 2):
+        with pytest.raises(InputError, match=f"column {column} is outside an input of 2 tokens"): Collector().ask(0, Question((5, 6), column, 7), slot=0, weight=1.0)
+
+
+@ways
+def test_tables_and_words_that_cannot_be_read(kind, name):
+    objective, _, _ = make(kind, name)
+    holes = ROWS.astype(object).set_axis([f"r{i}" for i in range(len(ROWS))])
+    holes.loc["r2", "alternative"] = None
+    cases = [("no column 'alternative', only 'masked', 'factual'", lambda: objective.prepare(ROWS[["masked", "factual"]])), ("no column 'masked'", lambda: objective.prepare_words(ROWS[["factual"]], [["he"]])),
+             ("column 'alternative' of row r2 holds None", lambda: objective.prepare(holes)), ("column 'masked' of row 0 holds 1", lambda: list(batches(objective.prepare, ROWS.assign(masked=1), 3))),
+             ("row 1: the word is empty", lambda: objective.prepare(ROWS.assign(factual=["he", "", *["he"] * 5]))), ("row 0: the word is empty", lambda: objective.prepare(ROWS.assign(alternative=" "))),
+             (r"class 1 is \[\]", lambda: objective.prepare_words(ROWS, [["he"], []])), ("class 0 is 'he'", lambda: objective.prepare_words(ROWS, ["he", "they"])),
+             (r"class 1 is \['they', ''\]", lambda: objective.prepare_words(ROWS, [["he"], ["they", ""]])), ("there is no class", lambda: objective.prepare_words(ROWS, []))]
+    for message, action in cases:
+        with pytest.raises(InputError, match=message): action()
+
+
+def test_an_unknown_word_names_its_row():
+    objective, _, _ = make("bert", "masked_lm")
+    with pytest.raises(InputError, match="row r2: word '☃' is unknown"): objective.prepare(ROWS.assign(factual=["he", "he", "☃", *["he"] * 4]).set_axis([f"r{i}" for i in range(7)]))
+
+
+def test_a_configuration_without_a_longest_input():
+    _, model = tiny_model("bert")
+    for value in (-1, 0):
+        model.config.max_position_embeddings = value  # XLNet says -1
+        assert longest_input(model) is None
 
 
 # A real model: 260,000 parameters, trained on children's stories, in the file format of llama2.c

@@ -151,7 +151,7 @@ def test_chosen_entries_equal_a_slow_choice(budget, topk, threshold, mask):
     if expected:
         assert chosen_entries(importance, SPACE, topk=topk, threshold=threshold, mask=mask, budget=budget).tolist() == expected
     else:
-        with pytest.raises(InputError, match="leave no entry"):
+        with pytest.raises(InputError, match="leaves? no entry|shares no entry"):
             chosen_entries(importance, SPACE, topk=topk, threshold=threshold, mask=mask, budget=budget)
 
 
@@ -166,13 +166,35 @@ def test_shares_are_proportional_and_exact():
 
 
 @pytest.mark.parametrize("action,match", [
-    (lambda: chosen_entries(torch.ones(SPACE.n + 1), SPACE, topk=1), "does not fit a space"), (lambda: chosen_entries(torch.ones(SPACE.n), SPACE, threshold=1.5), "threshold 1.5"),
-    (lambda: chosen_entries(torch.ones(SPACE.n), SPACE, mask=[0]), "mask leave no entry"), (lambda: chosen_entries(torch.ones(SPACE.n), SPACE, mask=[50]), "50 is outside"),
+    (lambda: chosen_entries(torch.ones(SPACE.n + 1), SPACE, topk=1), "does not fit a space"),
+    (lambda: chosen_entries(torch.ones(SPACE.n), SPACE, threshold=1.5), f"^threshold: 1.5 leaves no entry of {SPACE.n} .the largest importance is 1"),
+    (lambda: chosen_entries(torch.ones(SPACE.n), SPACE, mask=[0]), "^mask: it shares no entry"),
+    (lambda: chosen_entries(torch.ones(SPACE.n), SPACE, mask=SPACE.global_index, threshold=1.5), "^threshold 1.5 and mask together leave no entry"),
+    (lambda: chosen_entries(torch.zeros(0), SPACE.keep([]), threshold=1.0), "^space: it has no entries"), (lambda: chosen_entries(torch.ones(SPACE.n), SPACE, mask=[50]), "50 is outside"),
     (lambda: chosen_entries(torch.ones(SPACE.n), SPACE, topk=SPACE.n + 1), "topk"), (lambda: chosen_entries(torch.ones(SPACE.n), SPACE, topk=1, budget="tensor"), "budget"),
 ])
 def test_nothing_left_and_other_errors(action, match):
     with pytest.raises(InputError, match=match):
         action()
+
+
+def test_an_importance_of_zero_chooses_nothing():
+    nothing = torch.zeros(SPACE.n)
+    for options in ({"topk": 3}, {"topk": 0.5}, {"topk": 3, "budget": "parameter"}, {"topk": 3, "mask": SPACE.global_index[:5]}):
+        with pytest.raises(InputError, match=f"importance: it is zero for all {SPACE.n} entries, so there is nothing to choose"):
+            chosen_entries(nothing, SPACE, **options)
+    mask = SPACE.global_index[[1, 4]]
+    assert chosen_entries(nothing, SPACE, mask=mask).tolist() == [1, 4]  # nothing has to be chosen
+    assert chosen_entries(nothing, SPACE, topk=1.0).tolist() == list(range(SPACE.n))
+    nothing[7] = 1e-40  # one entry decides, and ties are resolved as ever
+    assert chosen_entries(nothing, SPACE, topk=2).tolist() == [0, 7]
+
+
+def test_rows_without_a_difference_are_found_out(tiny):
+    objective, model, space = tiny
+    with pytest.warns(UserWarning, match="same word"): same = examples(ROWS.assign(alternative=ROWS.factual))
+    with pytest.raises(InputError, match="nothing to choose"):
+        prune_space(model, objective, same, space, PrePruneConfig(n_samples=4, topk=10, source="diff"))
 
 
 # --- importance ------------------------------------------------------------------------------------------------
@@ -302,7 +324,11 @@ def test_configurations_survive_json():
     (lambda: PrePruneConfig(batch_size=0), "batch_size"), (lambda: PrePruneConfig(budget="layers"), "layer"), (lambda: PrePruneConfig(threshold=0.0), "threshold"),
     (lambda: PrePruneConfig(threshold=math.nan), "threshold"), (lambda: PrePruneConfig(topk=None), "nothing would be pruned"), (lambda: PostPruneConfig(topk=1.2), "topk"),
     (lambda: PostPruneConfig(part="decoder"), "part"), (lambda: PostPruneConfig(mask=[]), "mask"), (lambda: PostPruneConfig(mask=[True, False]), "mask"),
-    (lambda: PostPruneConfig(mask=[-1]), "mask"), (lambda: PostPruneConfig(mask=[0.5]), "mask"), (lambda: PostPruneConfig(threshold=-1.0), "threshold"),
+    (lambda: PrePruneConfig(n_samples=8.5), "n_samples: 8.5"), (lambda: PrePruneConfig(n_samples="8"), "n_samples: '8'"), (lambda: PrePruneConfig(batch_size=1.5), "batch_size: 1.5"),
+    (lambda: PrePruneConfig(batch_size=True), "batch_size: True"), (lambda: PrePruneConfig(seed="a"), "seed: 'a'"), (lambda: PrePruneConfig(seed=None), "seed: None"),
+    (lambda: PrePruneConfig(threshold="8"), "threshold: '8'"), (lambda: PostPruneConfig(threshold="8"), "threshold: '8'"), (lambda: PostPruneConfig(threshold=True), "threshold: True"),
+    (lambda: PostPruneConfig(topk="8"), "topk: '8'"), (lambda: PostPruneConfig(mask="a"), "mask: 'a'"), (lambda: PrePruneConfig(mask=[None]), "mask"), (lambda: PrePruneConfig(source=3), "source"),
+    (lambda: PostPruneConfig(budget=None), "budget"), (lambda: PostPruneConfig(mask=[-1]), "mask"), (lambda: PostPruneConfig(mask=[0.5]), "mask"), (lambda: PostPruneConfig(threshold=-1.0), "threshold"),
 ])
 def test_values_that_cannot_work_are_refused(make, match):
     with pytest.raises(InputError, match=match):

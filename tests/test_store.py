@@ -284,9 +284,70 @@ def test_the_engine_is_the_one_asked_for(setting, tmp_path, monkeypatch):
 
 def test_a_row_without_a_finite_loss_is_named(setting, tmp_path):
     model, objective, space = setting
-    with torch.no_grad(): model.cls.predictions.bias[objective.tokenizer.convert_tokens_to_ids("he")] = torch.inf
-    with pytest.raises(InputError, match=r"among rows 0 to 2, counted from 0: rows \[.*loss is not finite"):
+    with torch.no_grad(): model.cls.predictions.bias[objective.tokenizer.convert_tokens_to_ids("he")] = -torch.inf
+    rows = ROWS.set_axis(list("abcdefg"))
+    with pytest.raises(InputError, match=r"^rows \[0\] \(1 in all\): their loss is not finite"):  # its alternative word is "he"
+        write_store(tmp_path / "first", model, objective, rows, space=space)
+    late = rows[~rows.alternative.eq("he")].assign(factual=["she", "she", "they", "he", "it", "he"])  # a shard has three rows
+    with pytest.raises(InputError, match=r"^rows \[3, 5\] \(2 in all\): their loss is not finite"):
+        write_store(tmp_path / "later", model, objective, late, space=space)
+    assert (tmp_path / "later" / "shard-00000.safetensors").is_file()
+
+
+def test_a_gradient_that_cannot_be_stored_is_named(setting, tmp_path, monkeypatch):
+    model, objective, space = setting
+    computed = module.row_gradients
+
+    def broken(model, objective, frame, **options):
+        rows = computed(model, objective, frame, **options)
+        rows[frame.index.tolist().index(4) if 4 in frame.index else []] = torch.nan
+        return rows
+
+    monkeypatch.setattr(module, "row_gradients", broken)
+    with pytest.raises(InputError, match="^rows: gradient 4 holds NaN"):
         write_store(tmp_path, model, objective, ROWS, space=space)
+
+
+class Settled:
+    "An objective that says itself what decides it."
+    name = "settled"
+
+    def __init__(self, inner, settings): self.inner, self.settings = inner, settings
+
+    def prepare(self, frame): return self.inner.prepare(frame)
+
+    def losses(self, model, batch): return self.inner.losses(model, batch)
+
+
+@pytest.mark.parametrize("settings", [{"layers": (1, 2)}, {"cut": float("nan")}, {"cut": float("inf")}, {"names": {1: "one", 2: ("a", "b")}},
+                                      {"rate": np.float32(0.1), "n": np.int64(3)}, {"file": Path("a") / "b"}, {"nothing": None, "on": True}])
+def test_an_identity_survives_the_file(setting, tmp_path, settings):
+    model, objective, space = setting
+    settled = Settled(objective, settings)
+    identity = store_identity(model, settled, ROWS, space)
+    assert read_json(write_json(tmp_path / "identity.json", identity)) == identity
+    before = write_store(tmp_path / "s", model, settled, ROWS, space=space)
+    (tmp_path / "s" / "shard-00001.safetensors").unlink()
+    again = write_store(tmp_path / "s", model, settled, ROWS, space=space)
+    again.check_fits(model, settled, ROWS, space)
+    assert torch.equal(again.rows(), before.rows())
+    other = Settled(objective, {**settings, next(iter(settings)): "else"})
+    with pytest.raises(InputError, match=r"objective\."):
+        write_store(tmp_path / "s", model, other, ROWS, space=space)
+
+
+def test_infinities_are_told_apart(setting):
+    model, objective, space = setting
+    found = [store_identity(model, Settled(objective, {"cut": cut}), ROWS, space)["objective"]["cut"] for cut in (float("nan"), float("inf"), -float("inf"), None)]
+    assert len(set(found)) == 4
+
+
+@pytest.mark.parametrize("settings, match", [({"w": torch.ones(2)}, "objective.w: a Tensor cannot"), ({"a": {"b": [len]}}, "objective.a.b: a builtin_function"), ({"s": {1, 2}}, "objective.s: a set")])
+def test_settings_without_a_written_form_are_refused_before_anything_is_made(setting, tmp_path, settings, match):
+    model, objective, space = setting
+    with pytest.raises(InputError, match=match):
+        write_store(tmp_path / "s", model, Settled(objective, settings), ROWS, space=space)
+    assert not (tmp_path / "s").exists()
 
 
 class Vectors:

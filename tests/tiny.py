@@ -7,12 +7,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    BartConfig,
     BertConfig,
+    DebertaV2Config,
     DistilBertConfig,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
     ModernBertConfig,
+    OPTConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -117,7 +120,14 @@ CAUSAL = {
 SEQ2SEQ = {
     "t5": lambda v: T5Config(vocab_size=v, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0),
 }
-TOKENIZERS = {"roberta": byte_level_tokenizer, "gpt2": gpt_tokenizer, "qwen2": gpt_tokenizer, "qwen3": gpt_tokenizer, "llama": llama_tokenizer, "gemma": gemma_tokenizer, "t5": t5_tokenizer}
+# Models with habits of their own; each is a test for one of them
+ODD = {
+    "opt": (AutoModelForCausalLM, lambda v: OPTConfig(vocab_size=v, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=24, max_position_embeddings=64, word_embed_proj_dim=16, dropout=0.0, pad_token_id=0, bos_token_id=0, eos_token_id=0)),
+    "bart": (AutoModelForCausalLM, lambda v: BartConfig(vocab_size=v, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, decoder_ffn_dim=24, encoder_ffn_dim=24, max_position_embeddings=64, dropout=0.0,
+                                                     pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0, forced_eos_token_id=0)),  # their head reads the decoder inside the backbone
+    "deberta": (AutoModelForMaskedLM, lambda v: DebertaV2Config(vocab_size=v, max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, relative_attention=True, pos_att_type=["p2c", "c2p"], type_vocab_size=0, **_SMALL)),  # repeats an output of one row by itself
+}
+TOKENIZERS = {"opt": gpt_tokenizer, "bart": gpt_tokenizer, "roberta": byte_level_tokenizer, "gpt2": gpt_tokenizer, "qwen2": gpt_tokenizer, "qwen3": gpt_tokenizer, "llama": llama_tokenizer, "gemma": gemma_tokenizer, "t5": t5_tokenizer}
 ARCHITECTURES = ("bert", "roberta", "distilbert", "modernbert", "gpt2", "llama", "qwen3", "gemma", "t5")  # qwen2 can be had too
 # These compute their norms or rotary embeddings in float32 whatever the model's dtype, so they agree to float32 precision only
 FLOAT32_INSIDE = ("modernbert", "llama", "qwen2", "qwen3", "gemma", "t5")
@@ -126,10 +136,11 @@ FLOAT32_INSIDE = ("modernbert", "llama", "qwen2", "qwen3", "gemma", "t5")
 def tiny_model(kind: str = "bert", *, dtype: torch.dtype = torch.float64, seed: int = 0):
     "A random language model of the named architecture and its tokenizer, in evaluation mode."
     words = TOKENIZERS.get(kind, tokenizer)()
-    auto = AutoModelForMaskedLM if kind in CONFIGS else AutoModelForCausalLM if kind in CAUSAL else AutoModelForSeq2SeqLM
+    auto = ODD[kind][0] if kind in ODD else AutoModelForMaskedLM if kind in CONFIGS else AutoModelForCausalLM if kind in CAUSAL else AutoModelForSeq2SeqLM
+    config = ODD[kind][1] if kind in ODD else {**CONFIGS, **CAUSAL, **SEQ2SEQ}[kind]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = auto.from_config({**CONFIGS, **CAUSAL, **SEQ2SEQ}[kind](len(words)))
+        model = auto.from_config(config(len(words)))
         for p in model.parameters():  # the usual 0.02 makes nearly linear models; larger weights test harder
             torch.nn.init.normal_(p, std=0.3)
     return words, model.to(dtype).eval()

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['check_size', 'split_kind', 'CreatorSettings', 'Request', 'configuration_of']
 
-# %% ../../nbs/12_data.configuration.ipynb #1f09c90a
+# %% ../../nbs/12_data.configuration.ipynb #f4b02b7f
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,21 @@ from ..core import InputError, check_choice
 from .output import FORMATS
 from .splits import check_ratios
 from .stream import SentenceStream
-from .targets import check_filters
+from .targets import TextFilterConfig, check_filters
 from .text import TextPreprocessConfig
 
-# %% ../../nbs/12_data.configuration.ipynb #bb11a4a9
+# %% ../../nbs/12_data.configuration.ipynb #2fc317f7
 def check_size(
     name: str, # Of the argument, for the message
-    size: int | None, # What the user gave
+    size: Any, # What the user gave
+    least: int = 1, # The smallest number that can be meant
+    none: bool = True, # None is fine as well
 ) -> None:
-    "Raise `InputError` unless `size` is None or a positive number."
-    if size is not None and size < 1:
-        raise InputError(f"{name}={size} must be 1 or more, or None for no limit")
+    "Raise `InputError` unless `size` is a whole number of at least `least`, or None."
+    if size is None and none: return
+    if isinstance(size, Integral) and not isinstance(size, bool) and int(size) >= least: return
+    raise InputError(f"{name}={size!r} must be {least} or more, a whole number"
+                     f"{', or None for no limit' if none else ''}")
 
 
 def _preprocessing(settings: "CreatorSettings") -> TextPreprocessConfig:
@@ -34,7 +39,9 @@ def _preprocessing(settings: "CreatorSettings") -> TextPreprocessConfig:
     if settings.preprocess is not None:
         twice = [n for n, default in short.items() if getattr(settings, n) != default]
         if twice: raise InputError(f"{twice[0]}= and preprocess= say the same thing: give one of them")
-        return settings.preprocess
+        if isinstance(settings.preprocess, TextPreprocessConfig): return settings.preprocess
+        raise InputError(f"preprocess={settings.preprocess!r:.60} must be a TextPreprocessConfig")
+    for name in ("min_words", "max_words"): check_size(name, getattr(settings, name), none=False)
     if not 1 <= settings.min_words <= settings.max_words:
         raise InputError(f"min_words={settings.min_words} and max_words={settings.max_words} must be 1 or "
                          "more, and the first not above the second")
@@ -55,13 +62,13 @@ def split_kind(
         raise InputError("split_by='group' needs the name of a column: give split_group_col")
     return asked.pop() if asked else "text"
 
-# %% ../../nbs/12_data.configuration.ipynb #5c13f384
+# %% ../../nbs/12_data.configuration.ipynb #7837288c
 @dataclass(eq=False)
 class CreatorSettings:
     "What to read, what to look for, how to divide it; raises `InputError` for choices that cannot be meant."
 
     base_data: Any = field(repr=False) # List, table, file, folder, hub id ..., see `read_texts`
-    feature_targets: Any # `TextFilterConfig`s, one per class, or `PairedTextFilterConfig`s
+    feature_targets: Any # `TextFilterConfig`s, one per class, `PairedTextFilterConfig`s, or {class: words}
     _: KW_ONLY
     text_column: str = "text" # Column with the text, for sources with columns
     hf_config: str | None = None # Configuration of a hub data set
@@ -101,19 +108,38 @@ class CreatorSettings:
 
     def __post_init__(self) -> None: _check_settings(self)
 
-# %% ../../nbs/12_data.configuration.ipynb #ff211c9a
+# %% ../../nbs/12_data.configuration.ipynb #8e49b82c
 def _row_columns(filters: Sequence[Any]) -> set[str]:
     "Columns that the rows themselves have; any other one is a column of the source."
     return {"masked", "label", "label_class", "text", "target", *(c.class_id for c in filters)}
 
 
+def _described_classes(targets: Any) -> Any:
+    "A dictionary from class to words as one description for each class; anything else as it is."
+    if not isinstance(targets, Mapping): return targets
+    return [c if isinstance(c, TextFilterConfig) else TextFilterConfig(c, id=name)
+            for name, c in targets.items()]
+
+
+def _check_values(s: CreatorSettings) -> None:
+    "Check the settings one by one; raises `InputError`."
+    check_size("base_max_size", s.base_max_size)
+    for name, least in {"batch_size": 1, "n_process": 1, "min_left_context_words": 0}.items():
+        check_size(name, getattr(s, name), least, none=False)
+    check_size("shuffle_buffer", s.shuffle_buffer, 0)
+    if not isinstance(s.seed, Integral) or isinstance(s.seed, bool) or s.seed < 0:
+        raise InputError(f"seed={s.seed!r} must be a whole number from 0 on: with it the same call gives "
+                         "the same rows")
+    if not isinstance(s.mask, str) or not s.mask.strip():
+        raise InputError(f"mask={s.mask!r} must be a visible placeholder, such as '[MASK]'")
+
+
 def _check_settings(s: CreatorSettings) -> None:
     "Check what can be checked without reading, and fill in what follows; raises `InputError`."
-    s.filters, s.split_ratios = check_filters(s.feature_targets), check_ratios(s.split_ratios)
+    s.filters = check_filters(_described_classes(s.feature_targets))
+    s.split_ratios = check_ratios(s.split_ratios)
     s.pieces, s.split_by = _preprocessing(s), split_kind(s.split_by, s.split_by_target, s.split_group_col)
-    for name in ("base_max_size", "batch_size", "n_process"): check_size(name, getattr(s, name))
-    if not s.mask.strip():
-        raise InputError(f"mask={s.mask!r} must be a visible placeholder, such as '[MASK]'")
+    _check_values(s)
     check_choice("output_format", s.output_format, FORMATS)
     check_choice("deduplicate", s.deduplicate, ("exact", "near", "no"))
     if s.use_cache and s.output_dir is None:
@@ -131,7 +157,7 @@ def _check_settings(s: CreatorSettings) -> None:
         raise InputError(f"{', '.join(needed)} must come from a spaCy pipeline: give spacy_model, the name "
                          "or folder of one")
 
-# %% ../../nbs/12_data.configuration.ipynb #ebde0f27
+# %% ../../nbs/12_data.configuration.ipynb #c14e53f8
 @dataclass(frozen=True)
 class Request:
     "What one call of `generate_training_data` asks for; raises `InputError` for what cannot be meant."
@@ -150,7 +176,7 @@ class Request:
         check_size("min_rows_per_class_for_split", self.least)
         check_size("min_rows_per_target_for_balance", self.floor)
         check_choice("on_small_class", self.on_small, ("error", "drop"))
-        if self.balance not in (True, False, "try", "strict"):
+        if not (isinstance(self.balance, bool) or self.balance in ("try", "strict")):
             raise InputError(f"balance={self.balance!r} must be True, False, 'try' or 'strict'")
 
     @property

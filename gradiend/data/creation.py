@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TextPredictionDataCreator']
 
-# %% ../../nbs/12_data.creation.ipynb #515808bb
-import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+# %% ../../nbs/12_data.creation.ipynb #b27064c8
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,45 @@ import pandas as pd
 from ..core import InputError, check_choice, fingerprint, progress
 from .collection import Pool, Sample, Tally, collect, nearest_words, sample_frame
 from .configuration import CreatorSettings, Request, check_size, configuration_of, split_kind
+from .exclusion import excluding, is_used, used_texts, without_tags
 from .filters import Matcher
-from .output import TrainingData, differences, read_part, read_record, save_created, write_part
+from .output import Report, TrainingData, save_created, stored_part, write_part
 from .splits import SPLITS, assign_splits, balance_rows, check_ratios, split_rows  # noqa: F401
 from .tables import write_table
-from .tags import SpacyTagSpec, annotate
-from .text import content_hash, near_key, near_repeats, normalise
+from .tags import SpacyTagSpec
+from .text import content_hash, near_key, near_repeats
 
-# %% ../../nbs/12_data.creation.ipynb #da99e360
+# %% ../../nbs/12_data.creation.ipynb #5ff8df13
+def _refused(names: Iterable[str], filters: Sequence[Any], tally: Tally, left_words: int) -> list[str]:
+    "For targets of classes without a match that were spelled: how often, and what they never had."
+    matcher, wanted = Matcher(filters, min_left_context_words=left_words), set(names)
+    readings = (r for text in tally.first for c in matcher.lexical(text) for r in c.readings)
+    def why(r: Any) -> str:
+        tags = r.rule.tags.to_dict().items() if r.rule.tags is not None else ()
+        asked = [f"{k}={v if isinstance(v, str) else ' or '.join(v)}" for k, v in tags]
+        asked += [f"{r.left_words} words before it"] if r.left_words else []
+        return f"never with {' and '.join(asked)}" if asked else "but not so that it shows one class alone"
+    counts = Counter((r.target, why(r)) for r in readings if r.rule.class_id in wanted)
+    where = "" if tally.searched <= len(tally.first) else f" in the first {len(tally.first)} sentences"
+    return [f"{w!r} was spelled {n} time{'s' * (n > 1)}{where}, {reason}"
+            for (w, reason), n in counts.most_common(5)]
+
+
 def _check_found(
-    found: Mapping[str, int], filters: Sequence[Any], report: Mapping[str, Any], tally: Tally,
+    filters: Sequence[Any], report: Mapping[str, Any], tally: Tally, left_words: int,
 ) -> None:
     "Raise `InputError` unless there are two classes or more, each with a match."
     read = (f"{report['texts_read']} texts read, {report['sentences']} usable, "
             f"{report['too_short']} too short, {report['too_long']} too long")
     names = [c.class_id for c in filters]
-    present = [n for n in names if found.get(n, 0)]
+    present = [n for n in names if report["matches"].get(n, 0)]
     absent = {c.class_id: c.words for c in filters if c.class_id not in present}
     searched = "; ".join(f"{name}: {', '.join(words)}" for name, words in absent.items())
-    targets = [w for words in absent.values() for w in words]
-    near = nearest_words(targets, tally.vocabulary.difference(targets))
-    hint = f" (words that look alike: {', '.join(near)})" if near else ""
+    targets = {w.casefold() for words in absent.values() for w in words}
+    near = nearest_words(sorted(targets), {w for w in tally.vocabulary if w.casefold() not in targets})
+    hints = _refused(absent, filters, tally, left_words)
+    if near: hints.append(f"words that look alike: {', '.join(near)}")
+    hint = f" ({'; '.join(hints)})" if hints else ""
     if not present: raise InputError(f"no match in the base data ({read}); searched for {searched}{hint}")
     if len(names) < 2:
         raise InputError(f"only one class ({names[0]!r}) is described: a feature needs at least two")
@@ -63,7 +81,7 @@ def _without_small(
                          "lower min_rows_per_class_for_split, or drop such classes: on_small_class='drop'")
     return frame[~frame.label_class.isin(list(small))].reset_index(drop=True) if small else frame, small
 
-# %% ../../nbs/12_data.creation.ipynb #de244ad1
+# %% ../../nbs/12_data.creation.ipynb #9f46ce20
 _DRAWN_FROM = 20_000 # So many rows of each class are kept where more are read than wanted
 
 
@@ -97,13 +115,16 @@ def _gather(s: CreatorSettings, asked: Request, report: dict[str, Any]) -> tuple
     tally = collect(_watched(sentences, sample.matches, "reading texts"), matcher, sample, nlp=nlp,
                     batch_size=s.batch_size, n_process=s.n_process, group=lambda: s.stream.group)
     searched = max(tally.searched, 1)
+    unsure = {c.class_id for c in s.filters if tally.passed_over and c.annotations}
+    overflowed = any(len(p) == p.size for p in sample.pools.values()) and s.deduplicate != "no"
     report.update(searched=tally.searched, analysed=tally.analysed, passed_over=tally.passed_over,
                   interrupted=tally.interrupted, stopped_when_full=sample.full, matches=dict(sample.matches),
-                  match_rates={c: n / searched for c, n in sample.matches.items()},
-                  duplicates_dropped=sample.duplicates, drawn_from=sample.sizes)
+                  match_rates={c: None if c in unsure else n / searched for c, n in sample.matches.items()},
+                  duplicates_dropped=None if unsure or overflowed else sample.duplicates,
+                  drawn_from=sample.sizes)
     return sample_frame(sample, s.filters, mask=s.mask, grouped=s.stream.group_column is not None), tally
 
-# %% ../../nbs/12_data.creation.ipynb #742cac12
+# %% ../../nbs/12_data.creation.ipynb #74759e16
 def _keyed(frame: pd.DataFrame, s: CreatorSettings, column: str | None) -> pd.Series | None:
     "The groups of the rows: the values of the column, through `split_group_key` if there is one."
     if column is None: return None
@@ -134,17 +155,29 @@ def _divided(frame: pd.DataFrame, s: CreatorSettings, asked: Request) -> tuple[p
                                group_column="_key", ratios=asked.ratios, seed=s.seed)
     return drawn(rows).drop(columns="_key"), dropped
 
-# %% ../../nbs/12_data.creation.ipynb #b5519b11
-def _training_data(s: CreatorSettings, asked: Request) -> TrainingData:
+
+def _partial(
+    frame: pd.DataFrame, s: CreatorSettings, asked: Request, report: dict[str, Any],
+) -> tuple[pd.DataFrame, int]:
+    "Divide what was found before Ctrl-C, by text if there is too little for what was asked."
+    asked = replace(asked, balance=False)
+    try: return _divided(frame, s, asked)
+    except InputError as e:
+        if asked.split_by == "text": raise
+        report["note"] = f"Divided by text and not by {asked.split_by}, since reading was interrupted: {e}"
+        return _divided(frame, s, replace(asked, split_by="text"))
+
+# %% ../../nbs/12_data.creation.ipynb #23d40d38
+def _training_data(s: CreatorSettings, asked: Request, source: Any = None) -> TrainingData:
     "Gather, check, draw, divide; the rows and what happened."
     report: dict[str, Any] = {}
     rows, tally = _gather(s, asked, report)
     if rows.empty and tally.interrupted: raise KeyboardInterrupt
     names, small = [c.class_id for c in s.filters], dict[str, int]()
     if not tally.interrupted:
-        _check_found(report["matches"], s.filters, report, tally)
+        _check_found(s.filters, report, tally, s.min_left_context_words)
         rows, small = _without_small(rows, names, asked.least, asked.on_small)
-    frame, conflicts = _divided(rows, s, asked)
+    frame, conflicts = _partial(rows, s, asked, report) if tally.interrupted else _divided(rows, s, asked)
     names = [n for n in names if (frame.label_class == n).any()]
     order = {n: i for i, n in enumerate(names)}
     in_order = np.argsort([order[c] for c in frame.label_class.tolist()], kind="stable")
@@ -153,40 +186,27 @@ def _training_data(s: CreatorSettings, asked: Request) -> TrainingData:
     frame = frame[[*first, *(c for c in frame.columns if c not in first)]]
     count = frame.groupby(["label_class", "split"]).size().to_dict()
     splits = [asked.split_name] if asked.split_name else SPLITS
-    near = near_repeats(frame.masked.tolist(), frame.label.tolist())
-    report.update(near_duplicates_kept=near, dropped_classes=small,
-                  rows_in_two_splits_dropped=conflicts,
+    report.update(dropped_classes=small, rows_in_two_splits_dropped=conflicts,
                   rows={n: int(sum(v for (c, _), v in count.items() if c == n)) for n in names},
-                  splits={n: {x: int(count.get((n, x), 0)) for x in splits} for n in names},
-                  source=s.stream.describe(s.base_data, look_up=True), fingerprint=fingerprint(frame, s.mask))
+                  splits={n: {x: int(count.get((n, x), 0)) for x in splits} for n in names})
     frame = frame.astype(str)
-    frame.attrs["report"] = report
-    configuration = configuration_of(s, report["source"], **vars(asked))
-    return TrainingData(frame, tuple(names), s.mask, report, configuration)
+    told = Report(report, source=lambda: source or s.stream.describe(s.base_data, look_up=True),
+                  near_duplicates_kept=lambda: near_repeats(frame.masked.tolist(), frame.label.tolist()),
+                  fingerprint=lambda: data.fingerprint)
+    configuration = Report(configuration_of(s, {}, **vars(asked)), source=lambda: told["source"])
+    data = TrainingData(frame, tuple(names), s.mask, told, configuration)
+    frame.attrs["report"] = told
+    return data
 
-# %% ../../nbs/12_data.creation.ipynb #35033a2e
-def _excluding(words: Iterable[str]) -> Callable[[str], bool]:
-    "A test that finds any of `words`, ignoring case, also inside contractions and compounds."
-    clean = {normalise(w).casefold() for w in words if w.strip()}
-    simple = frozenset(w for w in clean if re.fullmatch(r"\w+", w))
-    others = "|".join(re.escape(w) for w in sorted(clean - simple, key=lambda w: (-len(w), w)))
-    phrase = re.compile(rf"(?<!\w)(?:{others})(?!\w)") if others else None
-    def excluded(text: str) -> bool:
-        low = text.casefold()
-        if not simple.isdisjoint(re.findall(r"\w+", low)): return True
-        return phrase is not None and phrase.search(low) is not None
-    return excluded
-
-# %% ../../nbs/12_data.creation.ipynb #d6c33955
+# %% ../../nbs/12_data.creation.ipynb #8dc15a3f
 def _fitting(
     s: CreatorSettings, texts: Iterable[str], specs: Sequence[SpacyTagSpec], lemmas: frozenset[str],
 ) -> Iterator[str]:
     "The texts in which no word fits a specification or has one of the lemmas."
     if not specs and not lemmas: return iter(texts)
     needed = frozenset(a for spec in specs for a in spec.annotations) | ({"lemma"} if lemmas else set())
-    docs = annotate(texts, s.stream.pipeline(needed), batch_size=s.batch_size, n_process=s.n_process)
-    return (doc.text for doc in docs if not any(
-        token.lemma_.casefold() in lemmas or any(spec.matches(token) for spec in specs) for token in doc))
+    nlp = s.stream.pipeline(needed)
+    return without_tags(texts, nlp, specs, lemmas, batch_size=s.batch_size, n_process=s.n_process)
 
 
 def _neutral_table(
@@ -199,12 +219,12 @@ def _neutral_table(
     lemmas = frozenset(w.casefold() for r in rules if r.use_lemma for w in r.words)
     reads_all = limit is None or _reads_all(s, source, bool(specs or lemmas))
     keep = limit if limit is None or not reads_all else max(limit, _DRAWN_FROM)
-    excluded, pool = _excluding(words), Pool(keep)
+    excluded, pool = excluding(words), Pool(keep)
     same = near_key if s.deduplicate == "near" else str
     def key(text: str) -> int: return content_hash(f"{s.seed}\0{same(text)}")
     sentences = s.stream.sentences(source, report, shuffled=not reads_all)
     plain = (t for t in _watched(sentences, {}, "reading neutral texts") if not excluded(t)
-             and pool.wants(key(t)) and not (used and content_hash(near_key(t)) in used))
+             and pool.wants(key(t)) and not is_used(t, used))
     try:
         for n, text in enumerate(_fitting(s, plain, specs, lemmas)):
             pool.offer(key(text), (n, text))
@@ -217,60 +237,50 @@ def _neutral_table(
     texts = [text for _, text in sorted(pool.rows.values())]
     drawn = np.random.default_rng(s.seed).permutation(len(texts))[:limit]
     frame = pd.DataFrame({"text": [texts[i] for i in np.sort(drawn)]}, dtype=str)
-    report.update(drawn_from=len(texts), rows=len(frame), excluded_words=words,
-                  fingerprint=fingerprint(frame), source=s.stream.describe(source, look_up=True))
-    frame.attrs["report"] = report
-    return frame, report
+    report.update(drawn_from=len(texts), rows=len(frame), excluded_words=words)
+    told = Report(report, fingerprint=lambda: fingerprint(frame),
+                  source=lambda: s.stream.describe(source, look_up=True))
+    frame.attrs["report"] = told
+    return frame, told
 
-# %% ../../nbs/12_data.creation.ipynb #17341e95
+# %% ../../nbs/12_data.creation.ipynb #658ac2b3
 def _cached(
     s: CreatorSettings, part: str, configuration: dict[str, Any],
 ) -> tuple[pd.DataFrame, dict[str, Any]] | None:
-    "The stored table and its record, if they answer the same question; otherwise a warning says why not."
-    if s.output_dir is None or part not in read_record(s.output_dir): return None
+    "The stored table and its record, if they answer the same question."
     given = {"custom_filter": s.pieces.custom_filter, "split_group_key": s.split_group_key}
     functions = [name for name, value in given.items() if callable(value)]
-    try: frame, record = read_part(s.output_dir, part)
-    except InputError as e: why = [str(e)]
-    else:
-        why = differences(record["configuration"], configuration)
-        if record["report"].get("interrupted"): why.append("making them was interrupted")
-        if configuration["source"].get("fingerprint") is None: why.append("the source has no fingerprint")
-        why += [f"{n} is a function, which cannot be compared" for n in functions]
-        if not why: return frame, record
-    warnings.warn(f"the {part} data in {str(s.output_dir)!r} are made again: {'; '.join(why)}", UserWarning,
-                  stacklevel=4)
-    return None
+    return None if s.output_dir is None else stored_part(s.output_dir, part, configuration, functions)
 
-# %% ../../nbs/12_data.creation.ipynb #6bab2403
+
+def _as_asked(record: Mapping[str, Any], format: str, name: str) -> bool:
+    "True if a stored table has this format and name."
+    return record["format"] == format and Path(record["file"]).stem == name
+
+# %% ../../nbs/12_data.creation.ipynb #9d5cde68
 def _made(s: CreatorSettings, asked: Request) -> TrainingData:
     "The stored training data, if they answer the question; otherwise new ones, stored."
+    data, configuration = None, dict[str, Any]()
     if s.use_cache:
         configuration = configuration_of(s, s.stream.describe(s.base_data, look_up=True), **vars(asked))
         old = _cached(s, "training", configuration)
         if old is not None:
             frame, record = old
             frame.attrs["report"] = record["report"]
-            return TrainingData(frame, tuple(record["classes"]), s.mask, record["report"], configuration)
-    data = _training_data(s, asked)
+            data = TrainingData(frame, tuple(record["classes"]), s.mask, record["report"], configuration)
+            if _as_asked(record, s.output_format, s.training_basename): return data
+    if data is None: data = _training_data(s, asked, configuration.get("source"))
     if s.output_dir is not None:
         save_created(data, s.output_dir, format=s.output_format, name=s.training_basename)
     return data
 
-# %% ../../nbs/12_data.creation.ipynb #e049300c
-def _texts_of(data: Any) -> frozenset[int]:
-    "What near copies of the texts of training data are recognised by."
-    if data is None: return frozenset()
-    tables = [data] if isinstance(data, pd.DataFrame) else list(data.values())
-    return frozenset(content_hash(near_key(normalise(t))) for table in tables for t in table["text"])
-
-
+# %% ../../nbs/12_data.creation.ipynb #f97db532
 def _neutral(
     s: CreatorSettings, source: Any, limit: int | None, words: list[str], specs: Sequence[SpacyTagSpec],
     used: frozenset[int],
 ) -> pd.DataFrame:
     "The stored neutral texts, if they answer the question; otherwise new ones, stored."
-    configuration: dict[str, Any] = {}
+    configuration, old = dict[str, Any](), None
     def described(source: Mapping[str, Any]) -> dict[str, Any]:
         return configuration_of(s, source, words=tuple(words), tags=tuple(specs), limit=limit,
                                 training=fingerprint(sorted(used)))
@@ -279,14 +289,15 @@ def _neutral(
         old = _cached(s, "neutral", configuration)
         if old is not None:
             old[0].attrs["report"] = old[1]["report"]
-            return old[0]
-    frame, report = _neutral_table(s, source, limit, words, specs, used)
+            if _as_asked(old[1], s.output_format, s.neutral_basename): return old[0]
+    if old is None: frame, report = _neutral_table(s, source, limit, words, specs, used)
+    else: frame, report = old[0], old[1]["report"]
     if s.output_dir is not None:
         write_part(s.output_dir, "neutral", frame, report=report, format=s.output_format,
                    configuration=configuration or described(report["source"]), name=s.neutral_basename)
     return frame
 
-# %% ../../nbs/12_data.creation.ipynb #da4625fd
+# %% ../../nbs/12_data.creation.ipynb #a92a857d
 class _NeutralCreator(CreatorSettings):
     "Makes neutral texts."
 
@@ -313,7 +324,7 @@ class _NeutralCreator(CreatorSettings):
         several = tags if isinstance(tags, (list, tuple)) else [] if tags is None else [tags]
         specs = [SpacyTagSpec(t) for t in several]
         source = self.base_data if base_data is None else self.stream.opened(base_data)
-        used = _texts_of(self.training_data if training_data is None else training_data)
+        used = used_texts(self.training_data if training_data is None else training_data, self.mask)
         frame = _neutral(self, source, max_size, words, specs, used)
         if output is not None: write_table(frame, output)
         return frame

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'gradient_labels', 'Examples', 'make_examples', 'neutral_examples']
 
-# %% ../../nbs/13_data.examples.ipynb #159096fa
+# %% ../../nbs/13_data.examples.ipynb #1c703249
 import random
 import re
 import warnings
@@ -19,10 +19,11 @@ import numpy as np
 import pandas as pd
 
 from ..core import InputError, check_choice, fingerprint
-from .alternatives import alternatives, class_columns, dictionary_forms, starts_sentence
+from .alternatives import alternatives, at_start, class_columns, dictionary_forms, starts_sentence
 from .classes import check_pair, choose_pair, class_names, group_classes
-from .classes import merge_classes, partner_classes, without_small_classes
-from .forms import Columns, long_table
+from .classes import merge_classes, named_order, partner_classes, without_small_classes
+from .classes import without_undivided_classes
+from .forms import Columns, long_table, placeholder_of
 from .sources import read_texts
 from .splits import check_ratios, split_rows
 
@@ -107,7 +108,19 @@ def _words_of(frame: pd.DataFrame, cls: str, mask: str) -> tuple[str, ...]:
     counts = Counter(forms[w] for w in words)
     return tuple(sorted(counts, key=lambda w: (-counts[w], w)))
 
-# %% ../../nbs/13_data.examples.ipynb #56f41692
+# %% ../../nbs/13_data.examples.ipynb #fa6d9bd6
+def _fill(masked: str, word: str, form: str, mask: str) -> str:
+    "Put a word at each placeholder; `form` is its dictionary form, used at all places but the first."
+    first, *rest = masked.split(mask)
+    if len(rest) == 1: return first + word + rest[0]
+    if len(word) > 1 and word.isupper() and form != word: return masked.replace(mask, word)
+    capitals = not at_start(first) or word[:1].isupper()   # else a text that uses none
+    text = first + word + rest[0]
+    for part in rest[1:]:
+        text += (form[:1].upper() + form[1:] if capitals and at_start(text) else form) + part
+    return text
+
+
 def _filled(frame: pd.DataFrame, mask: str, mask_all: bool) -> pd.DataFrame:
     "Check the placeholders and make the column text; raises `InputError` naming the first wrong row."
     counts = frame.masked.str.count(re.escape(mask)).to_numpy()
@@ -118,30 +131,37 @@ def _filled(frame: pd.DataFrame, mask: str, mask_all: bool) -> pd.DataFrame:
         raise InputError(f"row {i} of data has the placeholder {mask!r} {counts[i]} times instead of once "
                          f"({len(bad)} such rows): {frame.masked[i]!r:.80}; name another one with "
                          f"mask={several}")
-    full = [m.replace(mask, w) for m, w in zip(frame.masked, frame.factual, strict=True)]
+    forms = dictionary_forms(frame.factual, starts_sentence(frame.masked, mask), frame.factual_class)
+    full = [_fill(m, w, forms[w], mask) for m, w in zip(frame.masked, frame.factual, strict=True)]
     given = frame.text if "text" in frame.columns else pd.Series(None, index=frame.index, dtype=object)
     there = given.notna() & (given.astype(str).str.strip() != "")
     return frame.assign(text=pd.Series(given.where(there, pd.Series(full, index=frame.index)), dtype=str))
 
-# %% ../../nbs/13_data.examples.ipynb #4dcf60ff
+# %% ../../nbs/13_data.examples.ipynb #7aac5d2e
 def _with_splits(
-    frame: pd.DataFrame, split_by: str | None, group_column: str | None, ratios: Sequence[float], seed: int,
+    frame: pd.DataFrame, split_by: str | None, group_column: str | None,
+    ratios: Sequence[float] | None, seed: int,
 ) -> tuple[pd.DataFrame, int]:
     "Keep the splits of the data or divide anew; the number of rows dropped for it. Raises `InputError`."
-    check_ratios(ratios)
+    shares = check_ratios((0.8, 0.1, 0.1) if ratios is None else ratios)
     if group_column is not None and split_by != "group":
         raise InputError(f"group_column={group_column!r} is used with split_by='group' only: say that too")
     if split_by is None and "split" in frame.columns:
+        if ratios is not None:
+            raise InputError(f"split_ratios={tuple(ratios)} is given, and the data brings its own splits: "
+                             "leave it out, or divide anew with split_by='text'")
         shared = int((frame.groupby("text").split.nunique() > 1).sum())
         if shared:
             warnings.warn(f"{shared} texts are in more than one split, so test scores measure memory too: "
                           "divide by text with split_by='text'", UserWarning, stacklevel=3)
         return frame, 0
     frame = frame.drop(columns="split", errors="ignore")
-    return split_rows(frame, split_by=split_by or "text", class_column="factual_class",
-                      target_column="factual", group_column=group_column, ratios=ratios, seed=seed)
+    frame, dropped = split_rows(frame, split_by=split_by or "text", class_column="factual_class",
+                                target_column="factual", group_column=group_column, ratios=shares, seed=seed)
+    frame.attrs = {"ratios": shares}   # tells splits made here from splits that the data brought
+    return frame, dropped
 
-# %% ../../nbs/13_data.examples.ipynb #caa57514
+# %% ../../nbs/13_data.examples.ipynb #06b3d5ff
 def _of_pair(
     frame: pd.DataFrame, pair: tuple[str, str], partners: Mapping[str, tuple[str, ...]], grouped: bool,
 ) -> tuple[pd.DataFrame, dict[str, int]]:
@@ -152,14 +172,20 @@ def _of_pair(
     steps = zip(frame["_raw"], frame["_raw_alternative"], strict=True)
     free = [bool(partners[r]) and (t in ("", *partners[r]) or (t == r and not grouped)) for r, t in steps]
     allowed = frame[np.array(free, dtype=bool)]
-    same = [c for c in ("masked", "factual", "alternative") if c in frame.columns]
-    twice = allowed.duplicated(same)
-    torn = int((twice & ~allowed.duplicated([*same, "factual_class"])).sum())
-    if torn:
-        warnings.warn(f"{torn} rows agree with a row of the other class in text and word: the first is kept, "
-                      "as rows of both classes would contradict each other", UserWarning, stacklevel=3)
-    dropped = {"duplicates_dropped": int(twice.sum()), "transitions_dropped": len(frame) - len(allowed)}
-    return allowed[~twice], dropped
+    torn = allowed.groupby(["masked", "factual"]).factual_class.transform("nunique") > 1
+    rows, gone = allowed[~torn], int(torn.sum())
+    emptied = [c for c in pair if c not in set(rows.factual_class) and c in set(allowed.factual_class)]
+    if emptied:
+        n = int((allowed.factual_class == emptied[0]).sum())
+        raise InputError(f"all {n} rows of class {emptied[0]!r} are contradictory: the same text and word "
+                         "are in the other class too; correct the data")
+    if gone:
+        warnings.warn(f"dropped {gone} rows whose text and word are in both classes, as they contradict each "
+                      "other", UserWarning, stacklevel=3)
+    twice = rows.duplicated([c for c in ("masked", "factual", "alternative") if c in frame.columns])
+    dropped = {"duplicates_dropped": int(twice.sum()), "transitions_dropped": len(frame) - len(allowed),
+               "contradictions_dropped": gone}
+    return rows[~twice], dropped
 
 
 def _capped(frame: pd.DataFrame, limit: int | None, seed: int) -> pd.DataFrame:
@@ -208,9 +234,11 @@ def _identity(frame: pd.DataFrame, pair: tuple[str, str], limit: int | None, see
     same = {"alternative": "factual", "alternative_class": "factual_class", "_raw_alternative": "_raw"}
     return _capped(frame.assign(**{new: frame[old] for new, old in same.items()}), limit, seed)
 
-# %% ../../nbs/13_data.examples.ipynb #835873c4
-def _check_numbers(**numbers: int | None) -> None:
-    "Raise `InputError` for a number that is not whole and positive."
+# %% ../../nbs/13_data.examples.ipynb #1c8cacd6
+def _check_numbers(seed: Any, **numbers: int | None) -> None:
+    "Raise `InputError` for a number that is not whole and positive, or a seed that is none."
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise InputError(f"seed={seed!r} must be a whole number, 0 or more")
     for name, value in numbers.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise InputError(f"{name}={value!r} must be a whole number, 1 or more")
@@ -241,7 +269,7 @@ def _finished(
     frame.attrs = {k: n for k, n in notes.items() if n or k == "duplicates_dropped"}
     return frame
 
-# %% ../../nbs/13_data.examples.ipynb #6d6fdf97
+# %% ../../nbs/13_data.examples.ipynb #d695b9a3
 def make_examples(
     data: Any, # `Examples`, or any form that `long_table` accepts
     *,
@@ -254,31 +282,34 @@ def make_examples(
     revision: str | None = None, # Revision of a hub data set
     split_by: str | None = None, # Divide anew by "text", "target" or "group"; None: if there are no splits
     group_column: str | None = None, # For `split_by="group"`
-    split_ratios: Sequence[float] = (0.8, 0.1, 0.1), # Shares of train, validation and test in new splits
+    split_ratios: Sequence[float] | None = None, # Shares of new splits; None: (0.8, 0.1, 0.1)
     class_merge_map: Mapping[str, Sequence[str]] | None = None, # New class -> classes that it joins
     transition_groups: Sequence[Sequence[str]] | None = None, # Classes turn only into others of their group
     identity_rows: bool = False, # Keep rows of other classes, with their own word as alternative
     all_classes: Sequence[str] | None = None, # Only these classes of the data, in this order
     max_per_class: int | None = None, # At most so many rows of each class
-    on_small_class: str = "error", # What to do with a class that is too small: "error" or "drop"
+    on_small_class: str = "error", # For a class too small to divide, or below the next number: or "drop"
     min_rows_per_class: int = 1, # A class with fewer rows is too small
-    mask_all: bool = False, # Accept rows with several placeholders
+    mask_all: bool = False, # Accept rows with several placeholders; data may say so itself
     max_alternatives: int = 1, # Up to so many rows for each row without a given alternative
 ) -> Examples: # The one table
     "Bring data of any accepted form into the one table; raises `InputError` naming what is wrong."
-    _check_numbers(max_per_class=max_per_class, min_rows_per_class=min_rows_per_class,
+    _check_numbers(seed, max_per_class=max_per_class, min_rows_per_class=min_rows_per_class,
                    max_alternatives=max_alternatives)
-    mask = data.mask if isinstance(getattr(data, "mask", None), str) else mask
+    mask, mask_all = placeholder_of(data, mask, mask_all)
     if isinstance(data, Examples):   # what was accepted once is accepted again
         frame, identity_rows, mask_all = data.frame, True, True
         pair = data.pair if pair is None and not class_merge_map else pair
     else: frame = long_table(data, columns=columns, paired=paired, hf_config=hf_config, revision=revision)
+    if all_classes is None: all_classes = named_order(frame, pair, class_merge_map)
     frame = group_classes(_filled(frame, mask, mask_all), all_classes)
     frame = group_classes(merge_classes(frame, class_merge_map))   # merged classes stand together too
     if pair is None and class_merge_map and len(class_merge_map) == 2: pair = tuple(class_merge_map)
     wanted = None if pair is None else check_pair(pair)
     frame = without_small_classes(frame, wanted, minimum=min_rows_per_class, on_small_class=on_small_class)
+    if on_small_class == "error": wanted = choose_pair(frame, wanted)   # a doubt about the pair comes first
     frame, moved = _with_splits(frame, split_by, group_column, split_ratios, seed)
+    frame = without_undivided_classes(frame, wanted, frame.attrs.get("ratios"), on_small_class=on_small_class)
     chosen, classes = choose_pair(frame, wanted), [*class_names(frame), *frame["_raw"].unique()]
     _check_told(frame)
     partners = partner_classes(frame, chosen, transition_groups)
@@ -286,8 +317,7 @@ def make_examples(
     rows = _capped(rows, max_per_class, seed)
     rows = _with_alternatives(rows, chosen, partners, mask, seed, max_alternatives)
     if identity_rows:
-        others = _identity(frame, chosen, max_per_class, seed)
-        rows = pd.concat([rows, others]).sort_index(kind="stable")
+        rows = pd.concat([rows, _identity(frame, chosen, max_per_class, seed)]).sort_index(kind="stable")
     notes["split_dropped"] = moved
     return Examples(_finished(rows, bool(class_merge_map), classes, notes), chosen, mask)
 
@@ -303,7 +333,7 @@ def _mask_words(
     chosen = sorted(rng.sample(places, min(n, len(places))), key=lambda m: m.start())
     return [(text[:m.start()] + mask + text[m.end():], m.group()) for m in chosen]
 
-# %% ../../nbs/13_data.examples.ipynb #33bcd5e5
+# %% ../../nbs/13_data.examples.ipynb #0162a6de
 def neutral_examples(
     texts: Any, # A list of texts, or any source of `read_texts`
     *,
@@ -313,7 +343,8 @@ def neutral_examples(
     per_text: int = 1, # So many rows of each text, if it has as many ordinary words
 ) -> pd.DataFrame: # The columns of `COLUMNS`; `attrs["skipped"]` counts texts without an ordinary word
     "Mask random ordinary words of neutral texts; raises `InputError` if no text has one."
-    if per_text < 1: raise InputError(f"per_text={per_text} must be 1 or more")
+    _check_numbers(seed, per_text=per_text)
+    mask, _ = placeholder_of(None, mask)
     words = [excluded_words] if isinstance(excluded_words, str) else excluded_words
     excluded, rng = frozenset(w.lower() for w in words), random.Random(seed)
     rows, skipped = [], 0

@@ -6,14 +6,15 @@
 __all__ = ['Reading', 'Candidate', 'Match', 'Matcher', 'find_matches', 'TextFilterConfig', 'PairedTextFilterConfig',
            'check_filters']
 
-# %% ../../nbs/10_data.filters.ipynb #409a8a56
+# %% ../../nbs/10_data.filters.ipynb #d93d4e70
 import importlib.util
 import logging
 import re
 import unicodedata
-import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from ..core import InputError, optional_import
@@ -23,12 +24,13 @@ from .targets import PairedTextFilterConfig, Partners, Rule, TextFilterConfig, c
 # %% ../../nbs/10_data.filters.ipynb #f23a3def
 _all_ = ["TextFilterConfig", "PairedTextFilterConfig", "check_filters"]
 
-# %% ../../nbs/10_data.filters.ipynb #77a70e23
+# %% ../../nbs/10_data.filters.ipynb #195e03f3
 _log = logging.getLogger(__name__)
 _SAME = str.maketrans({**dict.fromkeys("‘’‛＇", "'"), **dict.fromkeys("‐‑", "-"), **dict.fromkeys(
     "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " ")})
 _INVISIBLE = frozenset("\u00ad\u200b\u200c\u200d\u2060\ufeff")
 _JOINERS = frozenset("'-")
+_SIGNS = frozenset("+#") # After a letter or digit they belong to the word
 
 
 def _mark(char: str) -> bool:
@@ -81,10 +83,11 @@ def _plain(text: str, phrases: bool) -> Plain:
     moved = spaced or not unicodedata.is_normalized("NFC", same) or not _INVISIBLE.isdisjoint(same)
     return _mapped(same, phrases) if moved else Plain(same)
 
-# %% ../../nbs/10_data.filters.ipynb #bf5f2184
+# %% ../../nbs/10_data.filters.ipynb #37c084da
 def _alone(text: str, start: int, end: int) -> bool:
     "True if no word goes on at either side; beside a target that begins or ends with a joiner it may."
     before, after = text[start - 1:start] if start else "", text[end:end + 1]
+    if after in _SIGNS and _continues(text[end - 1]): return False
     if before and text[start] not in _JOINERS:
         joined = before in _JOINERS and start > 1 and _continues(text[start - 2])
         if joined or _continues(before): return False
@@ -209,7 +212,7 @@ def _fits(reading: Reading, c: Candidate, text: str, doc: Any) -> bool:
     if rule.use_lemma and not _fits_lemma(reading, text[c.start:c.end], tokens): return False
     return rule.tags is None or rule.tags.fits(tokens)
 
-# %% ../../nbs/10_data.filters.ipynb #2a890efc
+# %% ../../nbs/10_data.filters.ipynb #dff2861d
 def _decide(text: str, candidates: Iterable[Candidate], doc: Any) -> list[Match]:
     "The candidates that fit one class, and only one."
     found = []
@@ -222,12 +225,14 @@ def _decide(text: str, candidates: Iterable[Candidate], doc: Any) -> list[Match]
     return found
 
 
-def _check_doc(doc: Any, text: str) -> None:
-    "Raise `InputError` unless the analysis is one of this text."
-    if doc.text == text: return
-    raise InputError(f"doc is the analysis of {doc.text!r:.60}, not of {text!r:.60}: pass doc=nlp(text)")
+def _check_doc(doc: Any, text: str, needed: Iterable[str]) -> None:
+    "Raise `InputError` unless the analysis is one of this text and has all that is needed."
+    if doc.text != text:
+        raise InputError(f"doc is the analysis of {doc.text!r:.60}, not of {text!r:.60}: pass doc=nlp(text)")
+    lacks = [a for a in sorted(needed) if not doc.has_annotation("ENT_IOB" if a == "ent_type" else a.upper())]
+    if lacks: raise InputError(f"doc of {text!r:.60} has no {', '.join(lacks)}: use a pipeline that does")
 
-# %% ../../nbs/10_data.filters.ipynb #3e7aa9c6
+# %% ../../nbs/10_data.filters.ipynb #2f5f37dc
 _SPACED = bytes(c if chr(c).isalnum() or c == ord("_") else ord(" ") for c in range(128)) + bytes(128)
 _EDGES = frozenset(' ,.;:!?"()') # Beside these a word stands alone, whatever comes next
 _NOT_SIMPLE = re.compile("[^\x00-\x7f\u00a1-\u00ac\u00ae-\u02ff\u2012-\u2015\u201c-\u201f\u2026]")
@@ -239,25 +244,32 @@ def _shows(readings: Sequence[Reading]) -> tuple[str, str, Partners] | None:
     one = all(r.rule.class_id == rule.class_id and r.partners == partners for r in readings)
     return (target, rule.class_id, partners) if one else None
 
+# %% ../../nbs/10_data.filters.ipynb #38cbfa69
+Found = tuple[int, list[tuple[int, int, str, str, str, Partners]]] # Number of a text; the parts of its matches
 
-def _word_search(table: Table) -> Callable[[str], list[Match]] | None:
-    "A function that finds the matches in a simple text; None unless each spelling is a word that decides."
+
+def _word_search(table: Table) -> Callable[[Sequence[str]], list[Found]] | None:
+    "A function that finds the matches in simple texts; None unless each spelling is a word that decides."
     if not all(re.fullmatch(r"\w+", form, re.ASCII) for form in table): return None
     if any(r.needs_doc or r.left_words for readings in table.values() for r in readings): return None
     shown = {form: shows for form, readings in table.items() if (shows := _shows(readings))}
     made = optional_import("ahocorasick", "data", purpose="the fast search").Automaton()
     for form, shows in shown.items(): made.add_word(f" {form} ", (len(form), form, *shows))
     made.make_automaton()
-    if not shown: return lambda text: []
+    if not shown: return lambda texts: []
 
-    def search(text: str) -> list[Match]:
-        padded, found = f" {text} ", []
+    def search(texts: Sequence[str]) -> list[Found]:
+        text, ends = " ".join(texts), list(accumulate([len(t) + 1 for t in texts]))
+        padded, found, number, begin, limit = f" {text} ", list[Found](), -1, 0, 0
         spaced = padded.encode("ascii", "replace").translate(_SPACED).decode("ascii")
         for last, (size, word, target, class_id, partners) in made.iter(spaced):
-            end = last - 1
-            start = end - size
+            start, end = last - 1 - size, last - 1
             if (padded[start] in _EDGES and padded[last] in _EDGES) or _alone(text, start, end):
-                found.append(Match(start, end, word, target, class_id, partners))
+                if start >= limit: # the first match of another text
+                    number = bisect_right(ends, start, number + 1)
+                    begin, limit, own = ends[number] - len(texts[number]) - 1, ends[number], []
+                    found.append((number, own))
+                own.append((start - begin, end - begin, word, target, class_id, partners))
         return found
     return search
 
@@ -309,7 +321,7 @@ def _join(hits: Iterable[Candidate]) -> list[Candidate]:
     for hit in hits: spans.setdefault((hit.start, hit.end), []).extend(hit.readings)
     return _leftmost_longest([Candidate(*span, tuple(dict.fromkeys(rs))) for span, rs in spans.items()])
 
-# %% ../../nbs/10_data.filters.ipynb #c3e34628
+# %% ../../nbs/10_data.filters.ipynb #60fb8454
 class _Spelled:
     "Finds spellings: the step that needs no analysis."
 
@@ -319,6 +331,11 @@ class _Spelled:
         self._occurrences = _automaton(table) if automaton else _expression(table)
         self._search = _word_search(table) if automaton else None
 
+    def _quick(self, texts: Sequence[str]) -> list[Found] | None:
+        "What the short way finds; None where it does not lead to the matches."
+        odd = " ".join([t for t in texts if not t.isascii()])
+        return None if self._search is None or _NOT_SIMPLE.search(odd) else self._search(texts)
+
     def lexical(self, text: str) -> list[Candidate]:
         "Find the places where a target of any class is spelled, in order; they never overlap."
         if text.isascii() and not self._phrases: return _whole_words(text, self._occurrences) # most texts
@@ -327,7 +344,7 @@ class _Spelled:
         if plain.starts is None or plain.ends is None: return hits
         return [Candidate(plain.starts[h.start], plain.ends[h.end - 1], h.readings) for h in hits]
 
-# %% ../../nbs/10_data.filters.ipynb #8eb4cd50
+# %% ../../nbs/10_data.filters.ipynb #4cb8a99c
 class Matcher(_Spelled):
     "Finds the words of all classes in texts, in two steps: by spelling, then, where needed, by analysis."
 
@@ -342,6 +359,7 @@ class Matcher(_Spelled):
         self.filters = check_filters(filters) # One description per class
         self.annotations = frozenset[str]().union(*(c.annotations for c in self.filters)) # What spaCy must say
         rules = [r for c in self.filters for r in c.rules()]
+        self._unchecked = self.annotations if nlp is None else frozenset() # Analyses may be from anywhere
         if nlp is not None: _check_pipeline(rules, self.annotations, nlp)
         forms = _inflections(rules, nlp)
         self.every_text = frozenset(r.class_id for r in rules if r.use_lemma and forms is None) # No table
@@ -350,9 +368,13 @@ class Matcher(_Spelled):
 
     def find(self, text: str) -> list[Match]:
         "The matches in a text, for classes without tags and lemmas; raises `InputError` for others."
-        simple = text.isascii() or not _NOT_SIMPLE.search(text)
-        if simple and self._search is not None: return self._search(text)
-        return self.resolve(text, self.lexical(text))
+        if (found := self._quick([text])) is None: return self.resolve(text, self.lexical(text))
+        return [Match(*m) for _, own in found for m in own]
+
+    def find_all(self, texts: Sequence[str]) -> list[Found]:
+        "The number of each text with a match, and what `find` finds in it, as plain tuples; for many texts."
+        if (found := self._quick(texts)) is not None: return found
+        return [(i, [m[:] for m in own]) for i, text in enumerate(texts) if (own := self.find(text))]
 
     def needs_doc(self, candidates: Iterable[Candidate], *, active: Collection[str] | None = None) -> bool:
         "True if the text must be analysed to decide for the classes that are `active` (None: all)."
@@ -371,7 +393,7 @@ class Matcher(_Spelled):
     ) -> list[Match]: # In the order of the text; they never overlap
         "Decide which candidates count; a word that fits two classes counts for none. Raises `InputError`."
         if doc is not None and self.annotations:
-            _check_doc(doc, text)
+            _check_doc(doc, text, self._unchecked if self.needs_doc(candidates, active=active) else ())
             if self.every_text: candidates = _join([*candidates, *_by_lemma(text, doc, self._lemmas)])
         elif self.needs_doc(candidates, active=active):
             needed = ", ".join(sorted(self.annotations))
@@ -379,16 +401,13 @@ class Matcher(_Spelled):
         found = _decide(text, candidates, doc)
         return found if active is None else [m for m in found if m.class_id in active]
 
-# %% ../../nbs/10_data.filters.ipynb #d4cfb0e9
-_ANALYSES = ("POS", "TAG", "MORPH", "DEP", "LEMMA", "ENT_TYPE")
-
-
+# %% ../../nbs/10_data.filters.ipynb #85525aee
 @lru_cache(maxsize=64)
 def _matcher(configs: tuple[TextFilterConfig | PairedTextFilterConfig, ...]) -> Matcher:
     "The matcher of some descriptions."
     return Matcher(configs)
 
-# %% ../../nbs/10_data.filters.ipynb #04c54e3e
+# %% ../../nbs/10_data.filters.ipynb #d3cfb86c
 def find_matches(
     text: str, # The text to search
     configs: Any, # One description per class, see `check_filters`
@@ -398,7 +417,4 @@ def find_matches(
     single = isinstance(configs, TextFilterConfig | PairedTextFilterConfig)
     matcher = _matcher((configs,) if single else tuple(configs))
     hits = matcher.lexical(text)
-    empty = doc is not None and doc.text == text and not any(map(doc.has_annotation, _ANALYSES))
-    if empty and matcher.needs_doc(hits):
-        warnings.warn(f"doc of {text!r:.60} carries no analysis: is it from a blank pipeline?", stacklevel=2)
     return matcher.resolve(text, hits, doc)

@@ -29,15 +29,25 @@ def check_ratios(
                          "sum to 1, with a share for train")
     return shares[0], shares[1], shares[2]
 
-# %% ../../nbs/06_data.splits.ipynb #e1c5288e
+# %% ../../nbs/06_data.splits.ipynb #3be816e9
 def _hash(seed: int, text: str) -> bytes:
     "Eight bytes that look random and depend on nothing but seed and text."
     return hashlib.blake2b(f"{seed}\0{text}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
+def _hashes(seed: int, texts: Sequence[str]) -> list[bytes]:
+    "The same for many texts; going on from the seed each time is quicker than beginning with it."
+    begun, hashes = hashlib.blake2b(f"{seed}\0".encode(), digest_size=8), []
+    for text in texts:
+        own = begun.copy()
+        own.update(text.encode("utf-8", "surrogatepass"))
+        hashes.append(own.digest())
+    return hashes
+
+
 def _shuffled(texts: Sequence[str], seed: int) -> list[str]:
     "Different texts in the order of their hashes, and those with equal hashes in the order of their letters."
-    hashes = [_hash(seed, t) for t in texts]
+    hashes = _hashes(seed, texts)
     if len(set(hashes)) < len(texts): return [t for _, t in sorted(zip(hashes, texts, strict=True))]
     numbers = np.frombuffer(b"".join(hashes), dtype=">u8").astype(np.uint64)   # sorted much faster than bytes
     return [texts[i] for i in np.argsort(numbers).tolist()]

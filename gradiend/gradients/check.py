@@ -7,7 +7,7 @@ __all__ = ['TOLERANCES', 'Answer', 'CHECKS', 'BATCH_SIZES', 'probe_words', 'prob
            'padding_side', 'head_in_places', 'tied_names', 'tied_once', 'engine_agrees', 'engine_used', 'check_model',
            'saved_bytes', 'activation_bytes', 'Estimate', 'estimate']
 
-# %% ../../nbs/24_gradients.check.ipynb #f5942681
+# %% ../../nbs/24_gradients.check.ipynb #1e7443e3
 import logging
 import time
 import warnings
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
+from numbers import Integral
 from typing import Any
 
 import pandas as pd
@@ -30,7 +31,7 @@ from .engine import encode, pair_gradients, row_gradients, rows_of
 from .objectives import Objective, objective_for
 from .space import ParameterSpace
 from .store import STORED, estimate_store_size, pack, shard_rows, write_store
-from .tokens import Batch, states_at
+from .tokens import Batch, batches, states_at
 
 # %% ../../nbs/24_gradients.check.ipynb #fd1a5c2b
 def probe_words(
@@ -82,13 +83,14 @@ def _same(a: Tensor, b: Tensor, model: nn.Module) -> tuple[bool, str]:
     found, allowed = deviation(a, b), TOLERANCES.get(next(model.parameters()).dtype, 2e-4)
     return found <= allowed, f"largest deviation {found:.0e}, allowed {allowed:.0e}"
 
-# %% ../../nbs/24_gradients.check.ipynb #59eace3e
+# %% ../../nbs/24_gradients.check.ipynb #6e37b063
 Answer = tuple[bool | None, str] # yes, no or does not apply; and how we know
 
 
 def _losses(model: nn.Module, objective: Objective, frame: pd.DataFrame) -> Tensor: # `(2, B)`
-    "Both losses of the rows, in one batch, without gradients."
-    with torch.no_grad(): return torch.stack(tuple(objective.losses(model, objective.prepare(frame).to(next(model.parameters()).device))))
+    "Both losses of the rows, in one batch, without dropout and without gradients."
+    batch = objective.prepare(frame).to(next(model.parameters()).device)
+    with borrowed(model, ()), torch.no_grad(): return torch.stack(tuple(objective.losses(model, batch)))
 
 
 def batched_is_single(model: nn.Module, objective: Objective, frame: pd.DataFrame, space: ParameterSpace) -> Answer:
@@ -112,7 +114,7 @@ def head_in_places(model: nn.Module, objective: Objective, frame: pd.DataFrame, 
     "Does the head give the same scores at the words alone as over whole sentences?"
     batch = objective.prepare(frame).to(next(model.parameters()).device)
     if not isinstance(batch, Batch): return None, "the objective makes batches of its own"
-    with torch.no_grad():
+    with borrowed(model, ()), torch.no_grad():
         full = model(**batch.inputs, return_dict=True).logits[batch.rows, batch.columns]
         with states_at(model, batch.rows, batch.columns): few = model(**batch.inputs, return_dict=True).logits[0]
     return _same(few, full, model)
@@ -173,7 +175,7 @@ def engine_used(
     name = next(m for m in reversed(messages) if m.startswith("encode: engine ")).split()[2].rstrip(",")
     return name, "; ".join(m for m in messages if "does not work" in m) or "the first choice"
 
-# %% ../../nbs/24_gradients.check.ipynb #08c900c2
+# %% ../../nbs/24_gradients.check.ipynb #b101ddcb
 CHECKS: dict[str, Callable[..., Answer]] = {
     "batched = single": batched_is_single,
     "padding side does not matter": padding_side,
@@ -192,18 +194,32 @@ def _tried(experiment: Callable[..., tuple[Any, str]], *args: Any) -> tuple[Any,
         return False, f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
+def _readable_rows(objective: Objective, frame: Examples | pd.DataFrame) -> pd.DataFrame:
+    "The first rows of a table. Raises InputError if there are none, or if the objective cannot read them."
+    if not isinstance(frame, (Examples, pd.DataFrame)):
+        raise InputError(f"frame: a {type(frame).__name__} is no table; give Examples or a pandas DataFrame")
+    rows = rows_of(frame).head(8).reset_index(drop=True)
+    if not len(rows): raise InputError("frame: it has no rows; give a few rows of your data, or None for nonsense sentences")
+    try: objective.prepare(rows)
+    except InputError: raise
+    except Exception as error:  # the objective may be anybody's, and so may its errors
+        raise InputError(f"frame: the objective {objective.name!r} cannot read these rows with the columns {list(map(str, rows.columns))} "
+                         f"({type(error).__name__}: {error})") from error
+    return rows
+
+
 def check_model(
     model: nn.Module, # A language model; nothing in it is changed
     tokenizer_or_objective: PreTrainedTokenizerBase | Objective, # A tokenizer means its usual objective
     frame: Examples | pd.DataFrame | None = None, # A few rows of your data; None: nonsense sentences
 ) -> pd.DataFrame: # Columns check, answer ("yes", "no", "-") and detail
-    "Try out whether the engines can work with a model. Costs a few passes over a handful of rows."
+    "Try out whether the engines can work with a model, in evaluation mode. Costs a few passes over a handful of rows. Raises InputError for rows that the objective cannot read."
     objective: Any = tokenizer_or_objective
     if isinstance(objective, PreTrainedTokenizerBase): objective = objective_for(objective, model)
     if frame is None:
         if not hasattr(objective, "tokenizer"): raise InputError("frame: an objective without a tokenizer cannot make sentences of its own; give a few rows of your data")
         frame = probe_rows(objective.tokenizer, mask=getattr(objective, "mask", "[MASK]"))
-    rows, full = rows_of(frame).head(8).reset_index(drop=True), ParameterSpace.from_model(model)
+    rows, full = _readable_rows(objective, frame), ParameterSpace.from_model(model)
     space = full.keep(torch.arange(0, full.n, max(1, full.n // 10**6)))
     answers = {name: _tried(experiment, model, objective, rows, space) for name, experiment in CHECKS.items()}
     words = {True: "yes", False: "no", None: "-"}
@@ -211,7 +227,7 @@ def check_model(
     name, reason = _tried(engine_used, model, objective, rows, space)
     return pd.DataFrame([*table, {"check": "engine for encode", "answer": name or "none", "detail": reason}])
 
-# %% ../../nbs/24_gradients.check.ipynb #d8d72b73
+# %% ../../nbs/24_gradients.check.ipynb #a6b4f0c7
 def _default_batch_size(function: Callable[..., Any]) -> int: return int(signature(function).parameters["batch_size"].default)
 
 
@@ -220,10 +236,8 @@ BATCH_SIZES = {"encode": _default_batch_size(encode), "train": 32, "store": _def
 
 def _parts(frame: pd.DataFrame, batch_size: int) -> list[tuple[pd.DataFrame, int]]:
     "The batches a table is cut into, shortest rows first, each with its padded size in characters."
-    length = frame["masked"].str.len() if "masked" in frame else pd.Series(1, index=frame.index)
-    order = length.to_numpy().argsort(kind="stable")
-    cuts = [order[a:a + batch_size] for a in range(0, len(order), batch_size)]
-    return [(frame.iloc[cut], len(cut) * int(length.to_numpy()[cut].max())) for cut in cuts]
+    parts = [part for _, part in batches(lambda rows: rows, frame, batch_size)]
+    return [(part, len(part) * (int(part["masked"].str.len().max()) if "masked" in part else 1)) for part in parts]
 
 
 def _typical(parts: list[tuple[pd.DataFrame, int]]) -> int:
@@ -291,7 +305,7 @@ class Estimate(Readable):
         disk = f", {self.disk_bytes / 1e9:.3g} GB on disk" if self.disk_bytes else ""
         return f"Estimate({self.what} {self.rows:,} rows: {self.total_seconds:.3g} s, {self.peak_bytes / 1e9:.3g} GB of memory{disk})"
 
-# %% ../../nbs/24_gradients.check.ipynb #75e7dd26
+# %% ../../nbs/24_gradients.check.ipynb #96d57c81
 def _vectors(
     what: str, model: nn.Module, space: ParameterSpace, rows: int, batch_size: int, directions: int,
 ) -> tuple[int, int]: # Bytes of gradients, bytes of vectors
@@ -304,6 +318,13 @@ def _vectors(
     return max(live) * item * min(batch_size, rows), min(rows, shard_rows(space.n)) * space.n * (2 * number + 4)
 
 
+def _check_counts(**counts: Any) -> None:
+    "Raise InputError for an argument that is not a whole number of at least one."
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{name}={value!r} must be a whole number, 1 or more")
+
+
 def _action(what: str, model: nn.Module, objective: Objective, space: ParameterSpace, directions: int) -> Callable[[pd.DataFrame], Any]:
     "What is to be done with the rows of one batch."
     if what == "encode":
@@ -314,7 +335,7 @@ def _action(what: str, model: nn.Module, objective: Objective, space: ParameterS
                                            target="diff", space=space)
     return lambda part: [pack(row_gradients(model, objective, part, space=space, kind=kind)) for kind in STORED]
 
-# %% ../../nbs/24_gradients.check.ipynb #a320851d
+# %% ../../nbs/24_gradients.check.ipynb #4e9d0d17
 def _seconds(action: Callable[[], Any], device: torch.device) -> float:
     "Duration of one call, the device's work included."
     def ready() -> float:
@@ -336,21 +357,23 @@ def estimate(
     batch_size: int | None = None, # Rows per pass; None: what the job itself uses
     directions: int = 1, # For "encode": how many
 ) -> Estimate:
-    "Time and memory of a run, from one batch of it. Raises InputError for an unknown job or an empty table."
+    "Time and memory of a run, from one batch of it. Raises InputError for an unknown job, an empty table, or no directions or rows per pass."
     check_choice("what", what, BATCH_SIZES)
     frame, device = rows_of(examples), next(model.parameters()).device
     if not len(frame) or not space.n:
         raise InputError(f"examples, space: {len(frame)} rows and {space.n} entries cost nothing; give at "
                          f"least one of each")
     size = BATCH_SIZES[what] if batch_size is None else batch_size
+    _check_counts(batch_size=size, directions=directions)
     parts = _parts(frame, size)
     part, work = parts[_typical(parts)]
-    forward, act = objective.prepare(part).to(device), _action(what, model, objective, space, directions)
-    with torch.no_grad():
-        objective.losses(model, forward)
-        forward_seconds = _seconds(lambda: objective.losses(model, forward), device)
-    batch_seconds = _seconds(lambda: act(part), device)
-    saved = saved_bytes(model, objective, objective.prepare(max(parts, key=lambda p: p[1])[0]), space)
+    with torch.inference_mode(False):  # a batch made in inference mode could not be differentiated
+        forward, act = objective.prepare(part).to(device), _action(what, model, objective, space, directions)
+        with borrowed(model, ()), torch.no_grad():
+            objective.losses(model, forward)
+            forward_seconds = _seconds(lambda: objective.losses(model, forward), device)
+        batch_seconds = _seconds(lambda: act(part), device)
+        saved = saved_bytes(model, objective, objective.prepare(max(parts, key=lambda p: p[1])[0]), space)
     gradient, vectors = _vectors(what, model, space, len(frame), size, directions)
     return Estimate(
         what=what, rows=len(frame), batches=len(parts), forward_seconds=forward_seconds,

@@ -6,7 +6,7 @@
 __all__ = ['OBJECTIVES', 'Objective', 'spellings', 'word_sets', 'check_tokenizer', 'WordObjective', 'ask_words', 'class_totals',
            'MaskedLM', 'masked_lm', 'CausalLM', 'CausalCloze', 'Seq2SeqLM', 'longest_input', 'kind_of', 'objective_for']
 
-# %% ../../nbs/21_gradients.objectives.ipynb #e2adee70
+# %% ../../nbs/21_gradients.objectives.ipynb #6740e4ea
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..core import InputError, check_choice
 from .tokens import Batch as Batch, Collector as Collector, Question as Question
 from .tokens import Tokens as Tokens, batches as batches, crop as crop, slot_sums as slot_sums
-from .tokens import split_tokens as split_tokens, states_at as states_at
+from .tokens import split_tokens as split_tokens, states_at as states_at, texts_of as texts_of
 from ..zoo import ENDINGS
 
 # %% ../../nbs/21_gradients.objectives.ipynb #79b94759
@@ -52,16 +52,18 @@ def spellings(
     other = word[:1].lower() + word[1:] if word[:1].isupper() else word[:1].upper() + word[1:]
     return (word,) if other == word else (word, other)
 
-# %% ../../nbs/21_gradients.objectives.ipynb #a8a73ee1
+# %% ../../nbs/21_gradients.objectives.ipynb #f841bdf7
 def word_sets(
     tokenizer: PreTrainedTokenizerBase,
     words: Sequence[Sequence[str]], # The target words of each class
 ) -> list[list[str]]: # The spellings to count, per class
-    "Per class the spellings to count: every distinct token sequence once, unknown variants left out."
+    "Per class the spellings to count: every distinct token sequence once, unknown variants left out. Raises InputError for a class without words."
     result: list[list[str]] = []
     owner: dict[tuple[int, ...], int] = {}  # which class writes a word with these tokens
     for c, group in enumerate(words):
         forms: list[str] = []
+        if isinstance(group, str) or not len(group) or not all(isinstance(word, str) and word.strip() for word in group):
+            raise InputError(f"words: class {c} is {group!r}; give a list with at least one word for every class, and no empty words")
         for word in group:
             for form in spellings(word):
                 ids = tuple(tokenizer(" " + form, add_special_tokens=False)["input_ids"])
@@ -91,7 +93,7 @@ def check_tokenizer(
     if not tokenizer.is_fast:
         raise InputError(f"tokenizer: {name!r} reports no character offsets; load its fast version")
 
-# %% ../../nbs/21_gradients.objectives.ipynb #d4f72208
+# %% ../../nbs/21_gradients.objectives.ipynb #a6ac20e2
 class WordObjective:
     "What the language-model objectives share; a subclass says which questions a word leads to."
     name = ""
@@ -121,11 +123,12 @@ class WordObjective:
     def prepare(self, frame: pd.DataFrame) -> Batch:
         "Both words of every row, columns masked, factual, alternative; slots i and B + i are those of row i."
         rows = [*range(len(frame))] * 2
-        return ask_words(self, frame, rows, [*frame["factual"], *frame["alternative"]], joint=False)
+        return ask_words(self, frame, rows, texts_of(frame, "factual") + texts_of(frame, "alternative"), joint=False)
 
     def prepare_words(self, frame: pd.DataFrame, words: Sequence[Sequence[str]]) -> Batch:
         "Every word of every class, in both spellings, in every row."
         sets = word_sets(self.tokenizer, words)
+        if not sets: raise InputError("words: there is no class; give a list of words for each")
         forms = [form for forms in sets for form in forms]
         rows = [row for row in range(len(frame)) for _ in forms]
         groups = tuple(c for c, forms in enumerate(sets) for _ in forms)
@@ -141,7 +144,7 @@ class WordObjective:
         with torch.no_grad(): scores = slot_sums(model, batch).view(-1, len(batch.groups))
         return class_totals(scores.exp(), batch.groups)
 
-# %% ../../nbs/21_gradients.objectives.ipynb #310963f8
+# %% ../../nbs/21_gradients.objectives.ipynb #bb45a3f7
 def ask_words(
     objective: WordObjective,
     frame: pd.DataFrame, # Rows with a column `masked`
@@ -152,10 +155,11 @@ def ask_words(
     groups: tuple[int, ...] = (), # For word sets: the class of every candidate word
 ) -> Batch:
     "Ask about words in the texts of a table. Raises InputError for a word that cannot be asked about."
-    collector, texts = Collector(causal=objective.causal), frame["masked"].tolist()
-    filled = split_tokens(objective.tokenizer, [texts[row] for row in rows], words, mask=objective.mask)
+    collector, texts = Collector(causal=objective.causal), texts_of(frame, "masked")
+    names = [f"row {frame.index[row]}" for row in rows]
+    filled = split_tokens(objective.tokenizer, [texts[row] for row in rows], words, mask=objective.mask, names=names)
     for slot, (row, tokens) in enumerate(zip(rows, filled, strict=True)):
-        seen = objective.fit(tokens, name=f"row {frame.index[row]}")
+        seen = objective.fit(tokens, name=names[slot])
         asked = objective.questions(seen, joint=joint)
         weight = 1 / (len(seen.places) if joint else len(asked))
         for question in asked: collector.ask(row, question, slot=slot, weight=weight)
@@ -203,7 +207,7 @@ def masked_lm(
     "The masked-language-model objective. Raises InputError if the tokenizer has no mask token."
     return MaskedLM(tokenizer, mask=mask, max_length=max_length)
 
-# %% ../../nbs/21_gradients.objectives.ipynb #ad353849
+# %% ../../nbs/21_gradients.objectives.ipynb #82c3a09d
 class CausalLM(WordObjective):
     "Predict a word from the text left of it: `L = -1/m sum_j log p(t_j | left context, t_1 .. t_{j-1})`."
     name, causal = "causal_lm", True
@@ -224,7 +228,7 @@ class CausalLM(WordObjective):
                 raise InputError(f"{name}: the text begins with its gap, so there is nothing to predict the word from, "
                                  "and the tokenizer has no start token; set tokenizer.bos_token or drop the row")
             ids, places, head = (start, *ids), tuple((a + 1, b + 1) for a, b in places), 1
-        return crop(Tokens(ids, places, head), self.max_length, name=name)
+        return crop(Tokens(ids, places, head), self.max_length, name=name, context=0 if head else 1)
 
 # %% ../../nbs/21_gradients.objectives.ipynb #e4226a01
 class CausalCloze(CausalLM):
@@ -304,14 +308,14 @@ class Seq2SeqLM(WordObjective):
                              "choose a T5-style model, or mask fewer places in a text")
         return int(token)
 
-# %% ../../nbs/21_gradients.objectives.ipynb #f8e1f864
+# %% ../../nbs/21_gradients.objectives.ipynb #397f125c
 def longest_input(
     model: nn.Module, # A model of transformers
 ) -> int | None: # In tokens; None if its configuration does not say
     "How many tokens the model can read at once."
     config = getattr(model, "config", None)
     limit = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
-    if limit is None: return None
+    if limit is None or limit <= 0: return None  # XLNet says -1
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(limit) - module.padding_idx - 1  # positions are counted from padding_idx + 1

@@ -7,10 +7,12 @@ __all__ = ['STORED', 'SHARD_BYTES', 'HEADER_BYTES', 'FORMAT', 'log', 'pack', 'un
            'tokenizer_fingerprint', 'objective_identity', 'store_identity', 'first_disagreement', 'free_bytes',
            'write_store', 'GradientStore']
 
-# %% ../../nbs/23_gradients.store.ipynb #33c5cf1a
+# %% ../../nbs/23_gradients.store.ipynb #498cad6b
 import json
 import logging
+import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,18 +110,30 @@ def objective_identity(
     described = {key: _setting(key, value) for key, value in sorted(vars(objective).items()) if not key.startswith("_")}
     return {"name": objective.name, **described}
 
-# %% ../../nbs/23_gradients.store.ipynb #7e68354d
+# %% ../../nbs/23_gradients.store.ipynb #3320e942
+def _plain(value: Any, name: str) -> Any:
+    "A value as a JSON file will give it back; a number that is not finite becomes its name. Raises InputError for anything else."
+    if isinstance(value, np.generic): value = value.item()
+    if isinstance(value, float) and not math.isfinite(value): return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)): return value
+    if isinstance(value, Path): return str(value)
+    if isinstance(value, Mapping): return {str(key): _plain(v, f"{name}.{key}") for key, v in value.items()}
+    if isinstance(value, (list, tuple)): return [_plain(v, name) for v in value]
+    raise InputError(f"{name}: a {type(value).__name__} cannot be written down as a setting; give numbers, strings, lists "
+                     f"or dictionaries of them (for a large content its gradiend.core.fingerprint)")
+
+# %% ../../nbs/23_gradients.store.ipynb #20ccc112
 def store_identity(
     model: nn.Module, # The language model
     objective: Objective,
     examples: Examples | pd.DataFrame, # The rows
     space: ParameterSpace, # The entries
 ) -> dict[str, Any]: # With the keys model, space, objective, data
-    "What decides every number of a store, as a dictionary of plain values."
+    "What decides every number of a store, as a JSON file will give it back. Raises InputError for an objective that cannot be described."
     frame = rows_of(examples)
     weights = model_fingerprint(model) if hasattr(model, "config") else fingerprint(dict(model.state_dict()))  # type: ignore[arg-type]
     data = fingerprint(frame[[c for c in frame.columns if c not in ("split", "weight")]])
-    return {"model": weights, "space": space.fingerprint, "objective": objective_identity(objective), "data": data}
+    return {"model": weights, "space": space.fingerprint, "objective": _plain(objective_identity(objective), "objective"), "data": data}
 
 
 def first_disagreement(
@@ -214,7 +228,7 @@ def _check_room(folder: Path, need: int) -> None:
                          f"has {have / 1e9:,.3f} GB free: prune the space further, take fewer rows, or "
                          f"choose another disk")
 
-# %% ../../nbs/23_gradients.store.ipynb #a231aae9
+# %% ../../nbs/23_gradients.store.ipynb #e5887890
 log = logging.getLogger(__name__)
 
 
@@ -225,6 +239,25 @@ def _missing(folder: Path, manifest: Mapping[str, Any]) -> list[range]:
     return [part for i, part in enumerate(parts) if not _shard_is_whole(_shard_path(folder, i), len(part), manifest["entries"])]
 
 
+def _in_table(message: str, start: int) -> str:
+    "A message about rows of a part of the table, with their positions in the table, where the part begins at `start`."
+    named = re.match(r"rows? \[[\d, ]+\]|gradient \d+", message.removeprefix("rows: "))
+    if named is None: return message
+    moved = re.sub(r"\d+", lambda number: str(int(number[0]) + start), named[0])
+    return message.replace(named[0], moved, 1)
+
+
+def _stored_rows(model: nn.Module, objective: Objective, frame: pd.DataFrame, part: range, **options: Any) -> dict[str, Tensor]:
+    "The tensors of one shard: both gradients of its rows, packed. Raises InputError that names rows by their position in the table."
+    tensors = {}
+    try:
+        for kind in STORED:
+            packed = pack(row_gradients(model, objective, frame.iloc[part.start:part.stop], kind=kind, **options))
+            tensors[kind], tensors[f"{kind}_scale"] = (t.cpu().contiguous() for t in packed)
+    except InputError as error: raise InputError(_in_table(str(error), part.start)) from error
+    return tensors
+
+# %% ../../nbs/23_gradients.store.ipynb #2198e6df
 def write_store(
     folder: str | Path, # Where the store is, or will be
     model: nn.Module, # The language model; nothing in it is changed
@@ -248,15 +281,7 @@ def write_store(
     missing = _missing(folder, manifest)
     log.info("write_store: %d of %d rows to compute in %s", sum(map(len, missing)), len(frame), folder)
     for part in progress(missing, desc="gradients", disable=None if progress_bar else True):
-        tensors = {}
-        for kind in STORED:
-            try:
-                rows = row_gradients(model, objective, frame.iloc[part.start:part.stop], space=space, kind=kind,
-                                     engine=engine, batch_size=batch_size)
-            except InputError as error:
-                raise InputError(f"among rows {part.start} to {part.stop - 1}, counted from {part.start}: "
-                                 f"{error}") from error
-            tensors[kind], tensors[f"{kind}_scale"] = (t.cpu().contiguous() for t in pack(rows))
+        tensors = _stored_rows(model, objective, frame, part, space=space, engine=engine, batch_size=batch_size)
         _write_shard(_shard_path(folder, part.start // manifest["shard_rows"]), tensors)
     return GradientStore.open(folder)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPACES', 'Input', 'fill', 'Tokens', 'word_place', 'split_tokens', 'crop', 'Question', 'Batch', 'ids_of', 'hosts',
-           'padded', 'Collector', 'prediction_module', 'states_at', 'slot_sums', 'batches']
+           'padded', 'Collector', 'prediction_module', 'states_at', 'slot_sums', 'texts_of', 'batches']
 
 # %% ../../nbs/18_gradients.tokens.ipynb #ad93f1ea
 import inspect
@@ -68,15 +68,19 @@ def word_place(
     if first and pieces[first - 1] in SPACES and not pieces[first].startswith(SPACES): first -= 1
     return first, inside[-1] + 1
 
-# %% ../../nbs/18_gradients.tokens.ipynb #efa2d972
+# %% ../../nbs/18_gradients.tokens.ipynb #08d6e01f
 def split_tokens(
     tokenizer: PreTrainedTokenizerBase, # A fast tokenizer
     masked: Sequence[str], # Texts with at least one placeholder each
     words: Sequence[str], # The word for each text
     *,
     mask: str = "[MASK]", # The placeholder
+    names: Sequence[str] | None = None, # What an error calls each text, such as "row 7"
 ) -> list[Tokens]:
-    "Fill each word into its text and tokenise the result once. Raises InputError for a word without a token."
+    "Fill each word into its text and tokenise the result once. Raises InputError for an empty word and for one without a token."
+    called = [f"{name}: " for name in names] if names is not None else [""] * len(words)
+    for name, word in zip(called, words, strict=True):
+        if not word.strip(): raise InputError(f"{name}the word is empty; give a word for every row")
     filled = [fill(text, word, mask=mask) for text, word in zip(masked, words, strict=True)]
     if not filled: return []
     options = {"return_offsets_mapping": True, "return_special_tokens_mask": True, "verbose": False}
@@ -89,29 +93,30 @@ def split_tokens(
         places = tuple(word_place(pieces, offsets, start, start + len(word)) for start in starts)
         for first, last in places:
             if first == last or tokenizer.unk_token_id in ids[first:last]:
-                raise InputError(f"word {word!r} is unknown to this tokenizer (it becomes {tokenizer.unk_token!r} "
+                raise InputError(f"{called[i]}word {word!r} is unknown to this tokenizer (it becomes {tokenizer.unk_token!r} "
                                  f"in {text!r}); choose a word from its vocabulary, or another model")
         head = special.index(0)
         result.append(Tokens(tuple(ids), places, head, special[::-1].index(0)))
     return result
 
-# %% ../../nbs/18_gradients.tokens.ipynb #2b24fc11
+# %% ../../nbs/18_gradients.tokens.ipynb #e76d5fa0
 def crop(
     tokens: Tokens, # A tokenised text
     limit: int, # The longest input of the model, in tokens
     *,
     name: str = "a text", # What to call it in an error
+    context: int = 0, # Tokens in front of the word that must stay
 ) -> Tokens:
     "Drop context far from the word until the text fits; raises InputError if the word itself does not."
     ids, places, head, tail = tokens
     if len(ids) <= limit: return tokens
     first, last, end = places[0][0], places[-1][1], len(ids) - tail
     room = limit - head - tail - (last - first)
-    if room < 0:
+    if room < context:
         raise InputError(f"{name}: the hidden words take {last - first} tokens, but max_length={limit} leaves "
-                         f"room for {limit - head - tail}; drop the row or mask fewer places")
+                         f"room for {max(limit - head - tail - context, 0)}; drop the row or mask fewer places")
     left, right = first - head, end - last
-    keep_left = min(left, max(room // 2, room - right))
+    keep_left = min(left, max(room // 2, room - right, context))
     keep_right = min(right, room - keep_left)
     shift = left - keep_left
     kept = ids[:head] + ids[head + shift:last + keep_right] + ids[end:]
@@ -191,7 +196,7 @@ def padded(
     ids = torch.tensor([[*line, *[pad] * (width - len(line))] for line in lines])
     return ids, torch.tensor([[1] * len(line) + [0] * (width - len(line)) for line in lines])
 
-# %% ../../nbs/18_gradients.tokens.ipynb #abea347e
+# %% ../../nbs/18_gradients.tokens.ipynb #dcbe3b2b
 class Collector:
     "Gathers questions about the rows of a table and makes one batch of them."
 
@@ -200,7 +205,9 @@ class Collector:
         self.questions: list[tuple[int, Question, int, float]] = []
 
     def ask(self, row: int, question: Question, *, slot: int, weight: float) -> None:
-        "Ask a question about a row; the log-probability goes to `slot` with `weight`."
+        "Ask a question about a row; the log-probability goes to `slot` with `weight`. Raises InputError for a column outside the input."
+        if not 0 <= question.column < len(question.decoder or question.ids):
+            raise InputError(f"question: column {question.column} is outside an input of {len(question.decoder or question.ids)} tokens; there must be a token to predict {question.token} from")
         self.questions.append((row, question, slot, weight))
 
     def batch(self, *, pad: int, slots: int, groups: tuple[int, ...] = ()) -> Batch:
@@ -222,26 +229,32 @@ class Collector:
         return Batch(*padded(ids, pad), torch.tensor(owner), rows, columns, torch.tensor(places), token,
                      torch.tensor(slot), weights, slots, groups, *extra)
 
-# %% ../../nbs/18_gradients.tokens.ipynb #09e9f3d4
+# %% ../../nbs/18_gradients.tokens.ipynb #e8b1cd74
 def prediction_module(
     model: nn.Module, # A model of transformers with a language-modelling head
 ) -> nn.Module:
     "The module whose `last_hidden_state` the model's head reads. Raises InputError for a model without one."
-    decoder = getattr(model, "get_decoder", lambda: None)
-    for found in (getattr(model, "base_model", None), decoder()):
+    backbone, decoder = getattr(model, "base_model", None), getattr(model, "get_decoder", lambda: None)()
+    two_sided = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    direct = isinstance(backbone, nn.Module) and backbone is not model and not two_sided and any(m is decoder for m in backbone.modules())
+    for found in (decoder, backbone) if direct else (backbone, decoder):
         if isinstance(found, nn.Module) and found is not model: return found
     raise InputError(f"model: {type(model).__name__} is not a backbone with a head; load it with "
                      "AutoModelForMaskedLM, AutoModelForCausalLM or AutoModelForSeq2SeqLM")
 
-# %% ../../nbs/18_gradients.tokens.ipynb #f7ca9af5
+# %% ../../nbs/18_gradients.tokens.ipynb #c89e199b
 @contextmanager
 def states_at(
     model: nn.Module, # A model of transformers with a head
     rows: Tensor, # `(Q,)`
     columns: Tensor, # `(Q,)`
 ) -> Iterator[None]:
-    "While active, the model's head sees the states at the given positions only, as one sequence `(1, Q, d)`."
+    "While active, one forward pass shows the model's head the states at the given positions only, as one sequence `(1, Q, d)`. Raises InputError for a model whose head reads other states."
+    chosen, runs = prediction_module(model), 0
+
     def select(module: nn.Module, args: Any, output: Any) -> Any:
+        nonlocal runs
+        runs += 1
         states = getattr(output, "last_hidden_state", None)
         if states is None:
             raise InputError(f"model: {type(module).__name__} returns no last_hidden_state, so the states that its "
@@ -249,11 +262,14 @@ def states_at(
         output.last_hidden_state = states[rows.to(states.device), columns.to(states.device)].unsqueeze(0)
         return output
 
-    handle = prediction_module(model).register_forward_hook(select)
+    handle = chosen.register_forward_hook(select)
     try: yield
     finally: handle.remove()
+    if runs != 1:
+        raise InputError(f"model: {type(model).__name__} ran its {type(chosen).__name__} {runs} times in a forward pass, not once, "
+                         "so the states that its head needs cannot be picked; write an objective of your own for it")
 
-# %% ../../nbs/18_gradients.tokens.ipynb #b298c9d4
+# %% ../../nbs/18_gradients.tokens.ipynb #7c05f6dd
 def slot_sums(
     model: nn.Module, # A language model
     batch: Batch, # Inputs and questions, on the model's device
@@ -261,13 +277,29 @@ def slot_sums(
     "Per slot the weighted sum of the log-probabilities of its questions: one forward pass."
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     with states_at(model, batch.rows, batch.columns):
-        logits = model(**batch.inputs, **options, return_dict=True).logits.squeeze(0)  # (Q, V)
+        scores = model(**batch.inputs, **options, return_dict=True).logits  # (1, Q, V)
+    if scores.ndim != 3 or scores.shape[:2] != (1, len(batch.rows)):
+        raise InputError(f"model: {type(model).__name__} gave scores of shape {tuple(scores.shape)} for {len(batch.rows)} positions; write an objective of your own for it")
+    logits = scores[0]
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     there = log_p.device  # with a model on several devices, not where the batch is
     answers = log_p[batch.place.to(there), batch.token.to(there)] * batch.weight.to(log_p)
     return answers.new_zeros(batch.slots).index_add(0, batch.slot.to(there), answers)
 
-# %% ../../nbs/18_gradients.tokens.ipynb #71293b92
+# %% ../../nbs/18_gradients.tokens.ipynb #dccc2a92
+def texts_of(
+    frame: pd.DataFrame, # A table
+    column: str, # Such as "masked"
+) -> list[str]:
+    "The texts of a column. Raises InputError for a missing column and for a cell that is no text."
+    if column not in frame:
+        raise InputError(f"frame: it has no column {column!r}, only {', '.join(map(repr, frame.columns))}; the objective needs it")
+    cells = frame[column].tolist()
+    for row, cell in zip(frame.index, cells, strict=True):
+        if not isinstance(cell, str): raise InputError(f"frame: column {column!r} of row {row} holds {cell!r}; give a text or drop the row")
+    return cells
+
+# %% ../../nbs/18_gradients.tokens.ipynb #00b247e7
 def batches(
     prepare: Callable[[pd.DataFrame], Any], # Makes a batch of some rows, for example `objective.prepare`
     frame: pd.DataFrame, # The rows, with the texts in a column `masked`
@@ -276,8 +308,9 @@ def batches(
     "Cut a table into batches of rows of similar length. Raises InputError for a batch size below 1."
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}: give the number of rows per pass, at least 1")
-    length = frame["masked"].str.len() if "masked" in frame else pd.Series(0, index=range(len(frame)))
-    order = length.to_numpy().argsort(kind="stable")
-    for start in range(0, len(order), batch_size):
-        positions = order[start:start + batch_size]
-        yield torch.from_numpy(positions), prepare(frame.iloc[positions])
+    length = [len(t) if isinstance(t, str) else 0 for t in frame["masked"]] if "masked" in frame else [0] * len(frame)
+    order = torch.tensor(length, dtype=torch.int64).argsort(stable=True)
+
+    def parts() -> Iterator[tuple[Tensor, Any]]:
+        for positions in order.split(batch_size) if len(order) else (): yield positions, prepare(frame.iloc[positions.numpy()])
+    return parts()  # so that a wrong size is an error of the call, not of the first step
