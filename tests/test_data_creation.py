@@ -569,6 +569,20 @@ def test_hide_many_spans():
     assert near_key("A-b 3") and collection.nearest_words(["xyzzy"], {"rain"}) == [] and creation.SPLITS[0] == "train"
 
 
+def test_a_repeated_sentence_is_analysed_once():
+    "The rows of a text given three times are those of the text, three times, for one analysis each."
+    import spacy
+
+    nlp = spacy.blank("en")
+    nlp.add_pipe("attribute_ruler").add([[{"LOWER": "her"}]], {"MORPH": "Case=Acc"})
+    her = TextFilterConfig(["her"], id="object", spacy_tags={"Case": "Acc"}), TextFilterConfig(["they"], id="3PL")
+    texts = [f"We saw her in room {i}." for i in range(6)] + [f"They left room {i}." for i in range(6)]
+    once, thrice = (make(texts * n, her, spacy_model=nlp, deduplicate="no", batch_size=2) for n in (1, 3))
+    a, b = (c.generate_training_data(balance=False, format="unified") for c in (once, thrice))
+    assert sorted([*a.masked] * 3) == sorted(b.masked) and once.report["analysed"] == thrice.report["analysed"] == 6
+    assert thrice.report["matches"] == {k: 3 * v for k, v in once.report["matches"].items()}
+
+
 # --- memory ------------------------------------------------------------------------------------------------------
 
 MEMORY = """

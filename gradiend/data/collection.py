@@ -217,17 +217,25 @@ def _spelled(
         candidates = matcher.lexical(sentence)
         if candidates or matcher.every_text: yield sentence, candidates
 
-# %% ../../nbs/12_data.collection.ipynb #a3bc34ed
+# %% ../../nbs/12_data.collection.ipynb #184d8687
+_REMEMBERED = 50_000 # sentences whose analysis is remembered
+
+
 def _analysed(
     sentences: Iterable[str], matcher: Matcher, sample: Sample, tally: Tally, group: Callable[[], str],
     analyse: Callable[[Iterable[str]], Iterator[Any]],
 ) -> Iterator[None]:
     "Store the rows of sentences that need an analysis and of those that do not; one step per analysis."
     waiting: deque[tuple[int, str, list[Candidate], str]] = deque()
+    known: dict[str, list[Match]] = {}
 
     def unclear() -> Iterator[str]:
         for sentence, candidates in _spelled(sentences, matcher, tally):
             place = tally.searched
+            if sentence in known:
+                sample.store(place, sentence, known[sentence], group())
+                if sample.full: return
+                continue
             if matcher.needs_doc(candidates):
                 if matcher.every_text or sample.worth(place, sentence, candidates):
                     waiting.append((place, sentence, candidates, group()))
@@ -242,7 +250,9 @@ def _analysed(
         for doc in docs:
             place, sentence, candidates, own = waiting.popleft()
             tally.analysed += 1
-            sample.store(place, sentence, matcher.resolve(sentence, candidates, doc), own)
+            matches = matcher.resolve(sentence, candidates, doc)
+            if len(known) < _REMEMBERED: known[sentence] = matches
+            sample.store(place, sentence, matches, own)
             yield
 
     try: yield from stored(analyse(unclear()))

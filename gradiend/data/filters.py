@@ -244,7 +244,7 @@ def _shows(readings: Sequence[Reading]) -> tuple[str, str, Partners] | None:
     one = all(r.rule.class_id == rule.class_id and r.partners == partners for r in readings)
     return (target, rule.class_id, partners) if one else None
 
-# %% ../../nbs/10_data.filters.ipynb #38cbfa69
+# %% ../../nbs/10_data.filters.ipynb #300e634b
 Found = tuple[int, list[tuple[int, int, str, str, str, Partners]]] # Number of a text; the parts of its matches
 
 
@@ -267,7 +267,7 @@ def _word_search(table: Table) -> Callable[[Sequence[str]], list[Found]] | None:
             if (padded[start] in _EDGES and padded[last] in _EDGES) or _alone(text, start, end):
                 if start >= limit: # the first match of another text
                     number = bisect_right(ends, start, number + 1)
-                    begin, limit, own = ends[number] - len(texts[number]) - 1, ends[number], []
+                    begin, limit, own = ends[number] - len(texts[number]) - 1, ends[number], list[Any]()
                     found.append((number, own))
                 own.append((start - begin, end - begin, word, target, class_id, partners))
         return found
