@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Parts', 'Spans', 'hide', 'Pool', 'Row', 'Sample', 'Tally', 'collect', 'sample_frame', 'nearest_words']
 
-# %% ../../nbs/12_data.collection.ipynb #f5e1b6f7
+# %% ../../nbs/12_data.collection.ipynb #16d681ec
 import heapq
 import re
 from collections import Counter, deque
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from ..core import InputError, check_choice
-from .filters import Candidate, Matcher
+from .filters import Candidate, Match, Matcher
 from .tags import annotate
 from .targets import Partners, TextFilterConfig
 from .text import content_hash, near_key

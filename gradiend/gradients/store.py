@@ -257,7 +257,7 @@ def _stored_rows(model: nn.Module, objective: Objective, frame: pd.DataFrame, pa
     except InputError as error: raise InputError(_in_table(str(error), part.start)) from error
     return tensors
 
-# %% ../../nbs/23_gradients.store.ipynb #2198e6df
+# %% ../../nbs/23_gradients.store.ipynb #dbfb4461
 def write_store(
     folder: str | Path, # Where the store is, or will be
     model: nn.Module, # The language model; nothing in it is changed
@@ -268,7 +268,7 @@ def write_store(
     engine: str = "auto", # As in `row_gradients`
     batch_size: int = 16, # Rows per pass
     progress_bar: bool = False, # Show a bar over the shards
-) -> "GradientStore":
+) -> Any: # The `GradientStore` of the folder
     "Compute both gradients of every row and keep them, or continue an interrupted call. Raises InputError for a folder with other gradients or files, or too little disk."
     folder, frame = Path(folder), rows_of(examples)
     if not len(frame) or not space.n:
@@ -315,10 +315,10 @@ def _pieces(folder: Path, step: int, chosen: np.ndarray, kind: str) -> Iterator[
                 parts = [sign * unpack(f.get_slice(name)[a:b], f.get_slice(f"{name}_scale")[a:b]) for name, sign in signs.items() if sign]
                 yield order[here], sum(parts[1:], parts[0])[torch.from_numpy(offsets[here] - a)]
 
-# %% ../../nbs/23_gradients.store.ipynb #c179b338
+# %% ../../nbs/23_gradients.store.ipynb #034045c4
 @dataclass(frozen=True)
 class GradientStore:
-    "The gradients of N rows over a space of n entries, on disk. Made by `write_store`, opened again with `GradientStore.open`."
+    "The gradients of N rows over a space of n entries, on disk. Made by `write_store`, opened again with its class method open."
     folder: Path # Where it lies
     manifest: Mapping[str, Any] # What it is: rows, entries, identity
     space: ParameterSpace # Which weight each entry is
