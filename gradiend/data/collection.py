@@ -148,7 +148,7 @@ class _Pools:
         "Rows of each class in the pools."
         return {c: sum(len(p) for (own, _), p in self.pools.items() if own == c) for c in self.matches}
 
-# %% ../../nbs/12_data.collection.ipynb #8eaa0591
+# %% ../../nbs/12_data.collection.ipynb #674e5c32
 class Sample(_Pools):
     "Rows of all classes, drawn fairly from those stored; raises `InputError` for an unknown `deduplicate`."
 
@@ -169,6 +169,11 @@ class Sample(_Pools):
             return
         rows, classes = {c: pool.unlike for (c, _), pool in self.pools.items()}, list[str]()
         for n, text, matches, group in found:
+            if len(matches) == 1:   # most sentences
+                start, end, word, target, class_id, partners = matches[0]
+                rows[class_id].append((n, start, text, (start, end), word, target, class_id, partners, group))
+                classes.append(class_id)
+                continue
             for spans, (start, _, word, target, class_id, partners) in _hidden_words(matches, self.mask_all):
                 rows[class_id].append((n, start, text, spans, word, target, class_id, partners, group))
             classes += [m[4] for m in matches]

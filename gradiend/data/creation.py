@@ -66,15 +66,17 @@ def _check_found(
         remedy = "give more text" if one else "give more text or leave them out"
         raise InputError(f"{what} in the base data ({read}); no match for {searched}{hint}: {remedy}")
 
-# %% ../../nbs/12_data.creation.ipynb #b8d9be67
+# %% ../../nbs/12_data.creation.ipynb #b17460d3
 def _without_small(
     frame: pd.DataFrame, names: Sequence[str], least: int, on_small: str,
 ) -> tuple[pd.DataFrame, dict[str, int]]:
     "Drop classes with rows from fewer than `least` texts, or raise `InputError`; the dropped ones, counted."
-    texts: dict[str, set[str]] = {n: set() for n in names}
-    for name, text in zip(frame.label_class.tolist(), frame.text.tolist(), strict=True):
-        if len(own := texts[name]) < least: own.add(text)   # more need not be counted
-    small = {n: len(own) for n, own in texts.items() if len(own) < least}
+    codes, found = pd.factorize(frame.label_class)
+    places = {n: np.flatnonzero(codes == i) for i, n in enumerate(found)}
+    # as few rows as there must be texts, and only if they are not enough all rows
+    some = {n: set(frame.text.iloc[places[n][:least]]) if n in places else set() for n in names}
+    small = {n: len(own) for n, own in some.items() if len(own) < least}
+    small = {n: own for n in small if (own := frame.text.iloc[places.get(n, [])].nunique()) < least}
     if small and (on_small == "error" or len(names) - len(small) < 2):
         counts = "; ".join(f"only {n} rows of {c!r} from different texts" for c, n in small.items())
         raise InputError(f"{counts}, and {least} of each class are needed to divide them: give more text, "
@@ -167,7 +169,7 @@ def _partial(
         report["note"] = f"Divided by text and not by {asked.split_by}, since reading was interrupted: {e}"
         return _divided(frame, s, replace(asked, split_by="text"))
 
-# %% ../../nbs/12_data.creation.ipynb #23d40d38
+# %% ../../nbs/12_data.creation.ipynb #26fca0aa
 def _training_data(s: CreatorSettings, asked: Request, source: Any = None) -> TrainingData:
     "Gather, check, draw, divide; the rows and what happened."
     report: dict[str, Any] = {}
@@ -178,7 +180,8 @@ def _training_data(s: CreatorSettings, asked: Request, source: Any = None) -> Tr
         _check_found(s.filters, report, tally, s.min_left_context_words)
         rows, small = _without_small(rows, names, asked.least, asked.on_small)
     frame, conflicts = _partial(rows, s, asked, report) if tally.interrupted else _divided(rows, s, asked)
-    names = [n for n in names if (frame.label_class == n).any()]
+    found = set(frame.label_class)
+    names = [n for n in names if n in found]
     order = {n: i for i, n in enumerate(names)}
     in_order = np.argsort([order[c] for c in frame.label_class.tolist()], kind="stable")
     first = ["masked", "label", "label_class", "split", "text"]
@@ -189,7 +192,7 @@ def _training_data(s: CreatorSettings, asked: Request, source: Any = None) -> Tr
     report.update(dropped_classes=small, rows_in_two_splits_dropped=conflicts,
                   rows={n: int(sum(v for (c, _), v in count.items() if c == n)) for n in names},
                   splits={n: {x: int(count.get((n, x), 0)) for x in splits} for n in names})
-    frame = frame.astype(str)
+    frame = frame.astype(object)   # the strings themselves: a text of several rows is kept once
     told = Report(report, source=lambda: source or s.stream.describe(s.base_data, look_up=True),
                   near_duplicates_kept=lambda: near_repeats(frame.masked.tolist(), frame.label.tolist()),
                   fingerprint=lambda: data.fingerprint)

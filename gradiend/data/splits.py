@@ -29,7 +29,7 @@ def check_ratios(
                          "sum to 1, with a share for train")
     return shares[0], shares[1], shares[2]
 
-# %% ../../nbs/06_data.splits.ipynb #3be816e9
+# %% ../../nbs/06_data.splits.ipynb #4d5e422d
 def _hash(seed: int, text: str) -> bytes:
     "Eight bytes that look random and depend on nothing but seed and text."
     return hashlib.blake2b(f"{seed}\0{text}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
@@ -45,12 +45,13 @@ def _hashes(seed: int, texts: Sequence[str]) -> list[bytes]:
     return hashes
 
 
-def _shuffled(texts: Sequence[str], seed: int) -> list[str]:
+def _order(texts: Sequence[str], seed: int) -> np.ndarray: # Positions
     "Different texts in the order of their hashes, and those with equal hashes in the order of their letters."
     hashes = _hashes(seed, texts)
-    if len(set(hashes)) < len(texts): return [t for _, t in sorted(zip(hashes, texts, strict=True))]
+    if len(set(hashes)) < len(texts):
+        return np.array(sorted(range(len(texts)), key=lambda i: (hashes[i], texts[i])), dtype=np.int64)
     numbers = np.frombuffer(b"".join(hashes), dtype=">u8").astype(np.uint64)   # sorted much faster than bytes
-    return [texts[i] for i in np.argsort(numbers).tolist()]
+    return np.argsort(numbers)
 
 
 def _counts(n: int, ratios: Sequence[float]) -> tuple[int, int, int]:
@@ -58,7 +59,7 @@ def _counts(n: int, ratios: Sequence[float]) -> tuple[int, int, int]:
     rest = [max(1, round(n * r)) if r > 0 and n >= 3 else round(n * r) for r in ratios[1:]]
     return n - sum(rest), rest[0], rest[1]
 
-# %% ../../nbs/06_data.splits.ipynb #65990d2e
+# %% ../../nbs/06_data.splits.ipynb #0e32bcdd
 def assign_splits(
     texts: Sequence[str], # Text of each row; equal texts get equal splits
     groups: Sequence[str], # Class of each row; each class is divided in the given ratios
@@ -67,16 +68,16 @@ def assign_splits(
     seed: int = 0, # Another seed, another division
 ) -> list[str]: # Split of each row
     "Divide rows into train, validation and test by text; raises `InputError` for impossible ratios."
-    shares = check_ratios(ratios)
-    by_group: dict[str, list[str]] = {}
-    # reversed, so that a text's first row is written last and stays
-    first_group = dict(zip(reversed(texts), reversed(groups), strict=True))
-    for text, group in first_group.items(): by_group.setdefault(group, []).append(text)
-    split_of: dict[str, str] = {}
-    for members in by_group.values():
-        ranked = _shuffled(members, seed)
-        split_of.update(zip(ranked, np.repeat(SPLITS, _counts(len(ranked), shares)).tolist(), strict=True))
-    return [split_of[t] for t in texts]
+    shares, groups = check_ratios(ratios), np.asarray(groups, dtype=object)
+    codes, distinct = pd.factorize(np.fromiter(texts, dtype=object, count=len(texts)))
+    first = np.empty(len(distinct), dtype=np.int64)
+    first[codes[::-1]] = np.arange(len(codes))[::-1]   # backwards, so that a text's first row is written last
+    split_of = np.empty(len(distinct), dtype=np.int64)
+    for group in dict.fromkeys(groups):
+        members = np.flatnonzero(groups[first] == group)
+        ranked = members[_order(distinct[members].tolist(), seed)]
+        split_of[ranked] = np.repeat(range(len(SPLITS)), _counts(len(ranked), shares))
+    return np.array(SPLITS, dtype=object)[split_of[codes]].tolist()
 
 # %% ../../nbs/06_data.splits.ipynb #029b87f1
 def drop_duplicate_rows(
