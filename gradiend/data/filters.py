@@ -24,13 +24,13 @@ from .targets import PairedTextFilterConfig, Partners, Rule, TextFilterConfig, c
 # %% ../../nbs/10_data.filters.ipynb #f23a3def
 _all_ = ["TextFilterConfig", "PairedTextFilterConfig", "check_filters"]
 
-# %% ../../nbs/10_data.filters.ipynb #195e03f3
+# %% ../../nbs/10_data.filters.ipynb #4cdc2664
 _log = logging.getLogger(__name__)
 _SAME = str.maketrans({**dict.fromkeys("‘’‛＇", "'"), **dict.fromkeys("‐‑", "-"), **dict.fromkeys(
     "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " ")})
 _INVISIBLE = frozenset("\u00ad\u200b\u200c\u200d\u2060\ufeff")
-_JOINERS = frozenset("'-")
-_SIGNS = frozenset("+#") # After a letter or digit they belong to the word
+_JOINERS, _SIGNS = frozenset("'-"), frozenset("+#") # A sign after a letter, a digit or a sign belongs to the word
+_UNSPACED = re.compile("[\u0e00-\u0eff\u3040-\u309f\u3400-\u9fff\uf900-\ufaff]") # Thai, Lao, Hiragana, Han: written without spaces
 
 
 def _mark(char: str) -> bool:
@@ -40,7 +40,7 @@ def _mark(char: str) -> bool:
 
 def _continues(char: str) -> bool:
     "True for a character that a word can go on with: letter, digit, underscore, accent."
-    return char.isalnum() or char == "_" or _mark(char)
+    return (char.isalnum() and not _UNSPACED.match(char)) or char == "_" or _mark(char)
 
 # %% ../../nbs/10_data.filters.ipynb #4c8d7224
 class Plain(NamedTuple):
@@ -83,11 +83,11 @@ def _plain(text: str, phrases: bool) -> Plain:
     moved = spaced or not unicodedata.is_normalized("NFC", same) or not _INVISIBLE.isdisjoint(same)
     return _mapped(same, phrases) if moved else Plain(same)
 
-# %% ../../nbs/10_data.filters.ipynb #37c084da
+# %% ../../nbs/10_data.filters.ipynb #d4b81655
 def _alone(text: str, start: int, end: int) -> bool:
     "True if no word goes on at either side; beside a target that begins or ends with a joiner it may."
     before, after = text[start - 1:start] if start else "", text[end:end + 1]
-    if after in _SIGNS and _continues(text[end - 1]): return False
+    if after in _SIGNS and (text[end - 1] in _SIGNS or _continues(text[end - 1])): return False
     if before and text[start] not in _JOINERS:
         joined = before in _JOINERS and start > 1 and _continues(text[start - 2])
         if joined or _continues(before): return False
@@ -162,7 +162,7 @@ def _expression(table: Table) -> Occurrences:
             found = pattern.search(text, found.start() + 1)
     return occurrences
 
-# %% ../../nbs/10_data.filters.ipynb #671cb5fc
+# %% ../../nbs/10_data.filters.ipynb #60be5b4d
 def _leftmost_longest(hits: list[Candidate]) -> list[Candidate]:
     "Of overlapping hits keep the first, and of those the longest."
     kept: list[Candidate] = []
@@ -177,7 +177,7 @@ def _whole_words(text: str, occurrences: Occurrences) -> list[Candidate]:
     for last, (size, readings) in occurrences(text):
         start, end = last + 1 - size, last + 1
         before = text[start - 1:start] # empty at the start of the text, since text[-1:0] is
-        if before.isalnum() and text[start] not in _JOINERS: continue # most are inside a word: out at once
+        if before.isalnum() and before < "\u0e00" and text[start] not in _JOINERS: continue # most are inside a word: out at once
         if (before == " " == text[end:end + 1]) or _alone(text, start, end):
             hits.append(Candidate(start, end, readings))
     return hits if len(hits) < 2 else _leftmost_longest(hits)
