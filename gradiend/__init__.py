@@ -36,6 +36,30 @@ if TYPE_CHECKING:
     from gradiend.visualizer.decoder import plot_probability_shifts as plot_probability_shifts
     from gradiend.visualizer.encoder import plot_encoder_distributions as plot_encoder_distributions
     from gradiend.visualizer.topk import plot_topk_overlap as plot_topk_overlap
+    from gradiend.network import GradiendConfig as GradiendConfig
+    from gradiend.artifact import check_base as check_base
+    from gradiend.delta import applied as applied
+    from gradiend.trainer.callbacks import EarlyStopping as EarlyStopping
+    from gradiend.trainer.callbacks import TrainerCallback as TrainerCallback
+    from gradiend.trainer.reports import SeedReport as SeedReport
+    from gradiend.trainer.records import TrainingRun as TrainingRun
+    from gradiend.trainer.optimisation import LRSearchConfig as LRSearchConfig
+    from gradiend.trainer.tuning import LRSearch as LRSearch
+    from gradiend.trainer.tuning import NoConvergentLearningRate as NoConvergentLearningRate
+    from gradiend.trainer.tuning import search_learning_rate as search_learning_rate
+    from gradiend.trainer.seeds import train_seeds as train_seeds
+    from gradiend.trainer.baselines import fit_mean_difference as fit_mean_difference
+    from gradiend.trainer.spectral import SpectralFit as SpectralFit
+    from gradiend.trainer.spectral import fit_spectral as fit_spectral
+    from gradiend.trainer.stability import bootstrap as bootstrap
+    from gradiend.trainer.solve import solve as solve
+    from gradiend.evaluator.perplexity import pseudo_perplexity as pseudo_perplexity
+    from gradiend.rewrite_checkpoint import rewrite_checkpoint as rewrite_checkpoint
+    from gradiend.verification import RewriteReport as RewriteReport
+    from gradiend.verification import verify_rewrite as verify_rewrite
+    from gradiend.visualizer.changes import plot_changed_weights as plot_changed_weights
+    from gradiend.visualizer.targets import plot_encoder_by_target as plot_encoder_by_target
+    from gradiend.visualizer.scatter import plot_encoder_scatter as plot_encoder_scatter
 
 # Where each public name lives. It is imported when it is first used, so that `import gradiend`
 # loads neither torch nor transformers. The type checkers read the block above; a test keeps both equal.
@@ -62,6 +86,30 @@ _names = {
     "plot_encoder_distributions": "visualizer.encoder",
     "plot_probability_shifts": "visualizer.decoder",
     "plot_topk_overlap": "visualizer.topk",
+    "GradiendConfig": "network",
+    "check_base": "artifact",
+    "applied": "delta",
+    "EarlyStopping": "trainer.callbacks",
+    "TrainerCallback": "trainer.callbacks",
+    "SeedReport": "trainer.reports",
+    "TrainingRun": "trainer.records",
+    "LRSearchConfig": "trainer.optimisation",
+    "LRSearch": "trainer.tuning",
+    "NoConvergentLearningRate": "trainer.tuning",
+    "search_learning_rate": "trainer.tuning",
+    "train_seeds": "trainer.seeds",
+    "fit_mean_difference": "trainer.baselines",
+    "SpectralFit": "trainer.spectral",
+    "fit_spectral": "trainer.spectral",
+    "bootstrap": "trainer.stability",
+    "solve": "trainer.solve",
+    "pseudo_perplexity": "evaluator.perplexity",
+    "rewrite_checkpoint": "rewrite_checkpoint",
+    "RewriteReport": "verification",
+    "verify_rewrite": "verification",
+    "plot_changed_weights": "visualizer.changes",
+    "plot_encoder_by_target": "visualizer.targets",
+    "plot_encoder_scatter": "visualizer.scatter",
 }  # fmt: skip
 __all__ = ["__version__", *_modules, *_names]
 

@@ -185,7 +185,7 @@ def read_json(
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise InputError(f"path={str(path)!r} is not a JSON file: {e}") from e
 
-# %% ../nbs/00_core.ipynb #3c8c216f
+# %% ../nbs/00_core.ipynb #c58148d5
 _LIST = ".gradiend.json"
 
 
@@ -195,7 +195,7 @@ def _files(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in found)
 
 
-def _check_replaceable(path: Path) -> None:
+def check_replaceable(path: Path) -> None:
     "Raise `InputError` unless `path` is absent, an empty folder, or a folder with only files we wrote."
     if not path.exists(): return
     if not path.is_dir(): raise InputError(f"{str(path)!r} is a file: name a folder instead")
@@ -218,14 +218,14 @@ def _swap(new: Path, path: Path) -> None:
         raise
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/00_core.ipynb #dcc91754
+# %% ../nbs/00_core.ipynb #2219d047
 @contextmanager
 def atomic_folder(
     path: str | Path, # The folder to write; missing parents are made
 ) -> Iterator[Path]: # A temporary folder beside it, to be filled inside the with block
     "Write a whole folder in one step; raises `InputError` rather than replace files it did not write."
     path = Path(path).resolve()
-    _check_replaceable(path)
+    check_replaceable(path)
     new_parents = [p for p in path.parents if not p.exists()]
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     done = False
@@ -233,7 +233,7 @@ def atomic_folder(
         temporary.mkdir(parents=True)
         yield temporary
         write_json(temporary / _LIST, {"files": _files(temporary)})
-        _check_replaceable(path)
+        check_replaceable(path)
         _swap(temporary, path)
         done = True
     finally:

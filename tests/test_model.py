@@ -9,7 +9,7 @@ import torch
 from gradiend.core import InputError
 from gradiend.data.examples import make_examples
 from gradiend.delta import Delta, load_delta, save_delta
-from gradiend.gradients.engine import KINDS, row_gradients, weighted_sums
+from gradiend.gradients.engine import KINDS, encode, row_gradients, weighted_sums
 from gradiend.gradients.objectives import masked_lm
 from gradiend.gradients.space import ParameterSpace
 from gradiend.model import GradiendConfig, GradiendModel
@@ -68,7 +68,7 @@ def test_factor_towards_a_class_makes_it_more_likely(tiny, source, target, towar
 
     factor = gradiend.feature_factor_towards(towards)
     before = advantage()
-    with Delta.from_model(gradiend, factor, learning_rate=1e-4).applied(base):
+    with Delta.from_gradiend(gradiend, factor, learning_rate=1e-4).applied(base):
         after = advantage()
     assert after > before
 
@@ -165,7 +165,7 @@ def test_delta_for_another_model_touches_nothing(tiny):
     _, other = masked_model("distilbert")
     before = {name: t.clone() for name, t in other.state_dict().items()}
     with pytest.raises(InputError, match="no parameter"):
-        Delta(tiny[2], torch.ones(tiny[2].n)).apply(other)
+        Delta(tiny[2], torch.ones(tiny[2].n)).apply_(other)
     assert all(torch.equal(t, before[name]) for name, t in other.state_dict().items())
 
 
@@ -201,3 +201,39 @@ def test_sample_is_balanced_seeded_and_never_repeats():
 def test_values_that_cannot_work_are_refused(make, match):
     with pytest.raises(InputError, match=match):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+def test_a_half_precision_gradiend_works_from_encoding_to_rewriting(dtype, base_dtype, tmp_path):
+    tokenizer, base = masked_model("bert", dtype=base_dtype)
+    objective, rows, space = masked_lm(tokenizer), examples().frame, ParameterSpace.from_model(base)
+    exact = model_of(space.keep(torch.arange(0, space.n, 7)), latent_dim=2)
+    half = GradiendModel.from_pretrained(GradiendModel(exact.space, exact.config, {n: p.detach().to(dtype) for n, p in exact.named_parameters()}).save_pretrained(tmp_path / "m"))
+    rounded = GradiendModel(exact.space, exact.config, {n: p.detach().float() for n, p in half.named_parameters()})
+    assert half.dtype == dtype
+    gradients = row_gradients(base, objective, rows, space=half.space, kind="alternative")
+    torch.testing.assert_close(half.encode(gradients), rounded.encode(gradients.float()))
+    encoded = half.encode_from_products(encode(base, objective, rows, half.encoder_weight.detach(), space=half.space, kind="alternative"))
+    torch.testing.assert_close(encoded, rounded.encode(gradients.float()), rtol=0.05, atol=0.05 if base_dtype == torch.bfloat16 else 1e-3)
+    change = Delta.from_gradiend(half, 0.5, learning_rate=0.1)
+    torch.testing.assert_close(change.values, Delta.from_gradiend(rounded, 0.5, learning_rate=0.1).values)
+    with change.applied(base): assert all(p.dtype == base_dtype for p in base.parameters())
+
+
+def test_everything_of_before_is_still_found_here():
+    from gradiend import model
+    for name in ("ACTIVATIONS", "GRADIENTS", "GradiendConfig", "feature_factor_towards", "initial_weights", "PARTS", "part_importance", "GradiendNetwork", "top_entries", "keep_entries",
+                 "FORMAT", "package_versions", "write_artifact", "expected_shapes", "read_artifact", "GradiendModel"):
+        assert hasattr(model, name) and name in model.__all__
+
+
+def test_methods_are_the_functions_of_the_lower_notebooks(tiny):
+    gradiend = model_of(tiny[2].keep(torch.arange(0, tiny[2].full_n, 11)), latent_dim=3)
+    assert gradiend.latent_dim == 3 and gradiend.can_be_oriented
+    table = gradiend.locate(gradiend.topk(5, "encoder-weight"), "encoder-weight")
+    names = dict(tiny[1].named_parameters())
+    assert table["parameter"].isin(list(names)).all() and table["importance"].is_monotonic_decreasing
+    gradiend.check_base(tiny[1])
+    with pytest.raises(InputError, match="has shape|no parameter"):
+        gradiend.check_base(masked_model("distilbert")[1])

@@ -140,7 +140,7 @@ def test_a_killed_run_is_continued(setting, tmp_path):
 def test_a_finished_store_is_not_computed_again(setting, tmp_path, monkeypatch):
     model, objective, space = setting
     write_store(tmp_path, model, objective, ROWS, space=space)
-    monkeypatch.setattr(module, "row_gradients", lambda *a, **k: pytest.fail("computed again"))
+    monkeypatch.setattr(module, "both_row_gradients", lambda *a, **k: pytest.fail("computed again"))
     assert len(write_store(tmp_path, model, objective, ROWS.assign(split="test"), space=space)) == 7
 
 
@@ -296,14 +296,14 @@ def test_a_row_without_a_finite_loss_is_named(setting, tmp_path):
 
 def test_a_gradient_that_cannot_be_stored_is_named(setting, tmp_path, monkeypatch):
     model, objective, space = setting
-    computed = module.row_gradients
+    computed = module.both_row_gradients
 
     def broken(model, objective, frame, **options):
         rows = computed(model, objective, frame, **options)
-        rows[frame.index.tolist().index(4) if 4 in frame.index else []] = torch.nan
+        rows[0][frame.index.tolist().index(4) if 4 in frame.index else []] = torch.nan
         return rows
 
-    monkeypatch.setattr(module, "row_gradients", broken)
+    monkeypatch.setattr(module, "both_row_gradients", broken)
     with pytest.raises(InputError, match="^rows: gradient 4 holds NaN"):
         write_store(tmp_path, model, objective, ROWS, space=space)
 

@@ -72,3 +72,27 @@ def test_stability_counts_shared_weights():
     shared = len(set.intersection(*(set(m.decoder_weight[:, 0].abs().argsort(descending=True)[:30].tolist()) for m in models)))
     assert table.loc[0, "shared"] == shared and table.loc[0, "expected_by_chance"] == 30 / space.n
     with pytest.raises(InputError, match="topk=0"): seed_stability(models, (0, 1), topk=0)
+
+
+def test_the_arguments_of_the_comparison_have_an_effect():
+    short = replace(ARGS, max_steps=20)
+    table = train(args=replace(short, seed_stability_topk=3, seed_stability_part="encoder-weight")).stability
+    by_default = train(args=short)
+    assert table.topk.tolist() == [3] and by_default.stability.topk.tolist() == [by_default.model.space.n // 10]
+    assert table.shared.tolist() == seed_stability(by_default.models, (0, 1), topk=3, part="encoder-weight").shared.tolist()
+    assert len(train(args=replace(short, seed_stability_topk=None)).stability) == 0
+    with pytest.raises(InputError, match="decoder-bias"): train(args=replace(short, bias_decoder=False, seed_stability_part="decoder-bias"), bias_decoder=False)
+
+
+def test_without_evaluations_no_validation_rows_are_needed_and_the_last_step_is_kept(recwarn):
+    rows = examples(96)
+    report = train(rows.take(np.flatnonzero(rows.frame["split"] != "validation")), replace(ARGS, do_eval=False, max_steps=7))
+    assert [run.best_step for run in report.runs] == [7, 7] and report.complete and not report.converged
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+
+
+def test_a_control_is_marked_and_does_not_complain():
+    report = train(args=replace(ARGS, shuffle_labels=True, convergent_score_threshold=1.0, fail_on_non_convergence=True))
+    assert report.shuffled and "control with shuffled labels" in repr(report)
+    with pytest.warns(UserWarning, match="converged although the labels were shuffled"):
+        train(args=replace(ARGS, shuffle_labels=True, convergent_score_threshold=0.0, convergent_mean_by_class_threshold=None))

@@ -59,7 +59,7 @@ def _counts(n: int, ratios: Sequence[float]) -> tuple[int, int, int]:
     rest = [max(1, round(n * r)) if r > 0 and n >= 3 else round(n * r) for r in ratios[1:]]
     return n - sum(rest), rest[0], rest[1]
 
-# %% ../../nbs/06_data.splits.ipynb #0e32bcdd
+# %% ../../nbs/06_data.splits.ipynb #494b1faa
 def assign_splits(
     texts: Sequence[str], # Text of each row; equal texts get equal splits
     groups: Sequence[str], # Class of each row; each class is divided in the given ratios
@@ -68,13 +68,13 @@ def assign_splits(
     seed: int = 0, # Another seed, another division
 ) -> list[str]: # Split of each row
     "Divide rows into train, validation and test by text; raises `InputError` for impossible ratios."
-    shares, groups = check_ratios(ratios), np.asarray(groups, dtype=object)
+    shares, of_row = check_ratios(ratios), np.asarray(groups, dtype=object)
     codes, distinct = pd.factorize(np.fromiter(texts, dtype=object, count=len(texts)))
     first = np.empty(len(distinct), dtype=np.int64)
     first[codes[::-1]] = np.arange(len(codes))[::-1]   # backwards, so that a text's first row is written last
     split_of = np.empty(len(distinct), dtype=np.int64)
     for group in dict.fromkeys(groups):
-        members = np.flatnonzero(groups[first] == group)
+        members = np.flatnonzero(of_row[first] == group)
         ranked = members[_order(distinct[members].tolist(), seed)]
         split_of[ranked] = np.repeat(range(len(SPLITS)), _counts(len(ranked), shares))
     return np.array(SPLITS, dtype=object)[split_of[codes]].tolist()

@@ -338,7 +338,7 @@ def kind_of(
     sentinel = tokenizer.convert_tokens_to_ids("<extra_id_0>")
     return "causal_lm" if sentinel in (None, tokenizer.unk_token_id) else "seq2seq"
 
-# %% ../../nbs/21_gradients.objectives.ipynb #d5d6846a
+# %% ../../nbs/21_gradients.objectives.ipynb #6f1697f3
 OBJECTIVES: dict[str, Callable[..., WordObjective]] = {
     "masked_lm": MaskedLM, "causal_lm": CausalLM, "causal_cloze": CausalCloze, "seq2seq": Seq2SeqLM}
 
@@ -355,6 +355,9 @@ def objective_for(
     "The objective for a model. Raises InputError if the tokenizer or an option does not go with it."
     check_choice("name", name, ("auto", *OBJECTIVES))
     kind = kind_of(tokenizer, model) if name == "auto" else name
+    made_for = next((task for ending, task in ENDINGS.items() if type(model).__name__.endswith(ending)), kind)
+    if made_for in ("masked_lm", "causal_lm") and made_for != kind.replace("cloze", "lm"):
+        raise InputError(f"name={name!r}: a {type(model).__name__} cannot predict words this way; use 'auto', or load the model for another task")
     if window is not None and kind != "causal_cloze":
         raise InputError(f"window={window}: only name='causal_cloze' predicts the text right of the gap, "
                          f"and this is {kind!r}; leave window out")

@@ -7,7 +7,7 @@ __all__ = ['STORED', 'SHARD_BYTES', 'HEADER_BYTES', 'FORMAT', 'log', 'pack', 'un
            'tokenizer_fingerprint', 'objective_identity', 'store_identity', 'first_disagreement', 'free_bytes',
            'write_store', 'GradientStore']
 
-# %% ../../nbs/23_gradients.store.ipynb #498cad6b
+# %% ../../nbs/23_gradients.store.ipynb #8867d307
 import json
 import logging
 import math
@@ -30,8 +30,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..core import InputError, check_choice, fingerprint, progress, read_json, write_json
 from ..data.examples import Examples
-from .engine import KINDS, row_gradients, rows_of
+from .engine import KINDS, rows_of
 from .objectives import Objective
+from .rows import both_row_gradients
 from .space import ParameterSpace
 from ..zoo import model_fingerprint
 
@@ -78,7 +79,7 @@ def estimate_store_size(
     own = 8 * space.n if space.pruned_index is not None else 0  # which entries these are
     return n_rows * per_row + own + 128 * len(space.names) + HEADER_BYTES * (2 + -(-n_rows // shard_rows(space.n)))
 
-# %% ../../nbs/23_gradients.store.ipynb #17a4cdbf
+# %% ../../nbs/23_gradients.store.ipynb #619a5870
 def tokenizer_fingerprint(
     tokenizer: PreTrainedTokenizerBase, # A tokenizer of transformers
 ) -> str: # 16 hexadecimal digits
@@ -86,7 +87,8 @@ def tokenizer_fingerprint(
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     left_out = {"padding", "truncation"} if backend is not None else set()
-    return fingerprint({k: v for k, v in content.items() if k not in left_out}, {k: str(v) for k, v in tokenizer.special_tokens_map.items()})
+    kept = {k: v for k, v in content.items() if k not in left_out}
+    return fingerprint(json.dumps(kept, sort_keys=True), {k: str(v) for k, v in tokenizer.special_tokens_map.items()})  # one text is hashed much faster than a nested dictionary
 
 
 def _setting(name: str, value: Any) -> Any:
@@ -228,7 +230,7 @@ def _check_room(folder: Path, need: int) -> None:
                          f"has {have / 1e9:,.3f} GB free: prune the space further, take fewer rows, or "
                          f"choose another disk")
 
-# %% ../../nbs/23_gradients.store.ipynb #e5887890
+# %% ../../nbs/23_gradients.store.ipynb #1323796c
 log = logging.getLogger(__name__)
 
 
@@ -251,13 +253,13 @@ def _stored_rows(model: nn.Module, objective: Objective, frame: pd.DataFrame, pa
     "The tensors of one shard: both gradients of its rows, packed. Raises InputError that names rows by their position in the table."
     tensors = {}
     try:
-        for kind in STORED:
-            packed = pack(row_gradients(model, objective, frame.iloc[part.start:part.stop], kind=kind, **options))
-            tensors[kind], tensors[f"{kind}_scale"] = (t.cpu().contiguous() for t in packed)
+        both = both_row_gradients(model, objective, frame.iloc[part.start:part.stop], **options)
+        for kind, gradients in zip(STORED, both, strict=True):
+            tensors[kind], tensors[f"{kind}_scale"] = (t.cpu().contiguous() for t in pack(gradients))
     except InputError as error: raise InputError(_in_table(str(error), part.start)) from error
     return tensors
 
-# %% ../../nbs/23_gradients.store.ipynb #dbfb4461
+# %% ../../nbs/23_gradients.store.ipynb #9fad50bc
 def write_store(
     folder: str | Path, # Where the store is, or will be
     model: nn.Module, # The language model; nothing in it is changed
@@ -265,7 +267,7 @@ def write_store(
     examples: Examples | pd.DataFrame, # N rows
     *,
     space: ParameterSpace, # The entries to keep, usually a pruned space
-    engine: str = "auto", # As in `row_gradients`
+    engine: str = "auto", # As in `both_row_gradients`
     batch_size: int = 16, # Rows per pass
     progress_bar: bool = False, # Show a bar over the shards
 ) -> Any: # The `GradientStore` of the folder
@@ -315,7 +317,22 @@ def _pieces(folder: Path, step: int, chosen: np.ndarray, kind: str) -> Iterator[
                 parts = [sign * unpack(f.get_slice(name)[a:b], f.get_slice(f"{name}_scale")[a:b]) for name, sign in signs.items() if sign]
                 yield order[here], sum(parts[1:], parts[0])[torch.from_numpy(offsets[here] - a)]
 
-# %% ../../nbs/23_gradients.store.ipynb #034045c4
+# %% ../../nbs/23_gradients.store.ipynb #aefeba92
+def _means(folder: Path, step: int, chosen: np.ndarray, kinds: Sequence[str]) -> dict[str, Tensor]: # By kind: `(n,)`
+    "Mean gradients of several kinds over the rows at these positions, which must be some."
+    signs = {kind: KINDS[check_choice("kind", kind, KINDS)] for kind in kinds}
+    total: dict[str, Tensor] = {}
+    for name, used in zip(STORED, zip(*signs.values(), strict=True), strict=True):
+        pieces = [g.sum(0, dtype=torch.float64) for _, g in _pieces(folder, step, chosen, name)] if any(used) else []
+        if pieces: total[name] = sum(pieces[1:], pieces[0])
+
+    def mixed(kind: str) -> Tensor:
+        parts = [sign * total[name] for name, sign in zip(STORED, signs[kind], strict=True) if sign]
+        return (sum(parts[1:], parts[0]) / len(chosen)).float()
+
+    return {kind: mixed(kind) for kind in kinds}
+
+# %% ../../nbs/23_gradients.store.ipynb #492ff15c
 @dataclass(frozen=True)
 class GradientStore:
     "The gradients of N rows over a space of n entries, on disk. Made by `write_store`, opened again with its class method open."
@@ -367,8 +384,10 @@ class GradientStore:
 
     def mean(self, positions: Sequence[int] | np.ndarray | Tensor | None = None, kind: str = "alternative") -> Tensor:
         "The mean gradient `(n,)` in float32 over the rows at these positions (None: all). Raises InputError for no rows."
+        return self.means(positions, [kind])[kind]
+
+    def means(self, positions: Sequence[int] | np.ndarray | Tensor | None, kinds: Sequence[str]) -> dict[str, Tensor]:
+        "The mean gradients `(n,)` of several kinds, in float32, where every number is read once. Raises InputError for no rows."
         chosen = _positions(positions, len(self))
         if not len(chosen): raise InputError("positions: none are given, and nothing has no mean; give at least one row")
-        total = torch.zeros(self.n, dtype=torch.float64)
-        for _, gradients in _pieces(self.folder, self.manifest["shard_rows"], chosen, kind): total += gradients.sum(0, dtype=torch.float64)
-        return (total / len(chosen)).float()
+        return _means(self.folder, self.manifest["shard_rows"], chosen, kinds)

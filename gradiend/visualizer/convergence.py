@@ -42,7 +42,7 @@ def best_steps(
     rows = points.loc[points["correlation"].abs().groupby(points["seed"]).idxmax()]
     return rows.set_index("seed")[["step", "correlation"]]
 
-# %% ../../nbs/80_visualizer.convergence.ipynb #bc0302df
+# %% ../../nbs/80_visualizer.convergence.ipynb #4c724298
 def _draw_correlation(ax: Any, history: pd.DataFrame, chosen: Any, threshold: float | None) -> list[tuple]:
     """Lines of all seeds with their best steps; returns labels `(name, height, colour)` for the right."""
     points, best, labels = history.drop_duplicates(["seed", "step"]), best_steps(history), []
@@ -52,27 +52,31 @@ def _draw_correlation(ax: Any, history: pd.DataFrame, chosen: Any, threshold: fl
         colour, main = (INK, True) if seed == chosen else (NEUTRAL, False)
         ax.plot(line["step"], line["correlation"], color=colour, linewidth=1.8 if main else 1.0,
                 alpha=1 if main else 0.6, zorder=3 if main else 2)
-        if seed in best.index:
+        if seed in best.index and (main or len(seeds) <= 4):
             ax.plot(*best.loc[seed], "o", markersize=6 if main else 4, markerfacecolor="white",
                     markeredgecolor=colour, markeredgewidth=1.4 if main else 1.0, zorder=4)
         ends = line["correlation"].dropna()
         if len(ends) and (main or len(seeds) <= 4):
             labels.append((f"seed {seed}", float(ends.iloc[-1]), colour))
     if len(seeds) > 4:
-        others = points[points["seed"] != chosen].groupby("seed")["correlation"].last()
-        labels.append((f"{len(seeds) - 1} other seeds", float(others.median()), NEUTRAL))
+        others = points[points["seed"] != chosen].sort_values("step").groupby("seed")["correlation"].last().fillna(0)
+        above = "" if threshold is None else f", {(others >= threshold).sum()} above"
+        labels.append((f"{len(others)} others{above}", float(others.median()), NEUTRAL))
     if threshold is not None:
         ax.axhline(threshold, color=NEUTRAL, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         labels.append((f"needed: {threshold:g}", threshold, NEUTRAL))
     return labels
 
-# %% ../../nbs/80_visualizer.convergence.ipynb #94f1fe1e
-def _draw_means(ax: Any, history: pd.DataFrame, chosen: Any) -> list[tuple]:
-    """Mean and band of one seed for each class; returns the labels `(name, height, colour)`."""
+# %% ../../nbs/80_visualizer.convergence.ipynb #083313eb
+def _draw_means(ax: Any, history: pd.DataFrame, chosen: Any, *, others: bool) -> list[tuple]:
+    """Mean and band of one seed for each class, thin lines of the others; returns labels `(name, height, colour)`."""
     rows, labels = history[history["seed"] == chosen].sort_values("step"), []
     for i, name in enumerate(rows["class"].unique()):
-        colour = PALETTE[i % len(PALETTE)]
+        colour = PALETTE[i % len(PALETTE)] if name != "other" else NEUTRAL
         line = rows[rows["class"] == name]
+        rest = history[(history["class"] == name) & (history["seed"] != chosen)].sort_values("step")
+        for _, thin in rest.groupby("seed") if others else ():
+            ax.plot(thin["step"], thin["mean"], color=colour, linewidth=0.8, alpha=0.5)
         spread = line["std"].fillna(0)
         ax.fill_between(line["step"], line["mean"] - spread, line["mean"] + spread, color=colour, alpha=0.16,
                         linewidth=0)
@@ -81,7 +85,7 @@ def _draw_means(ax: Any, history: pd.DataFrame, chosen: Any) -> list[tuple]:
     ax.axhline(0, color="#999999", linewidth=0.8, zorder=1)
     return labels
 
-# %% ../../nbs/80_visualizer.convergence.ipynb #0c1f7f86
+# %% ../../nbs/80_visualizer.convergence.ipynb #e093d23a
 def plot_training_convergence(
     runs: "HasFrame | pd.DataFrame | Sequence[HasFrame]",  # TrainingRun, SeedReport, list of runs, or the table
     *,
@@ -105,7 +109,9 @@ def plot_training_convergence(
         title = f"Best at step {step:.0f}: correlation {correlation:.2f} (seed {seed})"
     upper, lower = (ax, ax) if ax is not None else (row[0] for row in new_axes(2, heights=(1, 1)))
     labels = _draw_correlation(upper, history, seed, threshold)
-    means = _draw_means(lower, history, seed)
+    means = _draw_means(lower, history, seed, others=ax is None)
+    for panel in {upper, lower} if seed in best.index else ():
+        panel.axvline(best.loc[seed, "step"], color=INK, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)
     if ax is not None:
         labels = [(f"correlation, {n}" if n.startswith("seed") else n, y, c) for n, y, c in labels] + means
         quiet(ax, title=title, xlabel="training step", ylabel="correlation and mean encoding")

@@ -1,0 +1,295 @@
+"The closed-form solver against dense linear algebra in float64, on tiny models whose gradients are materialised one row at a time."
+import warnings
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from gradiend.core import InputError
+from gradiend.data.examples import Examples
+from gradiend.gradients.engine import row_gradients
+from gradiend.gradients.objectives import objective_for
+from gradiend.gradients.space import ParameterSpace
+from gradiend.gradients.store import write_store
+from gradiend.model import GradiendConfig, GradiendModel
+from gradiend.trainer.certificate import explained_by, training_examples
+from gradiend.trainer.krylov import averaging_factors, balanced_weights
+from gradiend.trainer.solution import spectral_problem
+from gradiend.trainer.spectral import BUDGET, estimate_spectral, fit_spectral
+
+from .tiny import tiny_model
+
+PAIR = ("3SG", "3PL")
+SUBJECTS = ("The drummers", "The baker", "Anna", "The kettle", "The twins", "The pilot", "My sister", "The dogs")
+VERBS = ("lost the beat", "was late", "said that", "whistled until", "arrived", "barked")
+
+
+def table(rows=24, validation=8):
+    "Rows of both classes, of unequal size."
+    made = []
+    for i in range(rows + validation):
+        first = i % 3 != 0  # class of the alternative word
+        made.append({"masked": f"{SUBJECTS[i % 8]} {VERBS[i // 3 % 6]} because [MASK] {('was', 'were')[i % 2]} {('cold', 'hungry', 'tired', 'late', 'empty')[i % 5]}.",
+                     "factual": "they" if first else ("he", "she", "it")[i % 3], "alternative": ("he", "she", "it")[i // 2 % 3] if first else "they",
+                     "factual_class": PAIR[1] if first else PAIR[0], "alternative_class": PAIR[0] if first else PAIR[1], "split": "train" if i < rows else "validation", "transition": "", "text": ""})
+    return Examples(pd.DataFrame(made), PAIR)
+
+
+@lru_cache
+def setting(kind="bert"):
+    words, model = tiny_model(kind)
+    full = ParameterSpace.from_model(model)
+    return model, objective_for(words, model), full.keep(torch.arange(0, full.n, 5))
+
+
+def fit(examples=None, kind="bert", config=None, **options):
+    model, objective, space = setting(kind)
+    return fit_spectral(model, objective, examples or table(), space, config, progress=False, **{"average": 1, **options})
+
+
+@lru_cache
+def fit8():
+    "What many tests look at and none changes."
+    return fit(average=8)
+
+
+@lru_cache
+def plain_gradients(kind, source):
+    "Of the training rows of `table()`, by one backward pass per row."
+    model, objective, space = setting(kind)
+    return row_gradients(model, objective, table().select("train").frame, space=space, kind=source, engine="loop")
+
+
+def dense(kind, rows, source, factors=None, center=True):
+    "Weighted, centred (and averaged) gradients `(N, n)`, by one backward pass per row."
+    plain = plain_gradients(kind, source)
+    codes = np.where(rows.labels("alternative") > 0, 0, 1)
+    w = balanced_weights(codes)
+    centred = w.sqrt()[:, None] * (plain - (w @ plain if center else 0))
+    if factors is None: return plain, centred, w, codes
+    same = torch.from_numpy((codes[:, None] == codes) / np.bincount(codes)[codes][:, None])  # classes have equal weights inside
+    return plain, same @ centred + factors(codes)[:, None] * (centred - same @ centred), w, codes
+
+
+def cosine(a, b): return float(torch.nn.functional.cosine_similarity(a.detach().flatten(), b.flatten(), dim=0).abs())
+
+
+@pytest.mark.parametrize(("kind", "start", "average"), [("bert", "labels", 1), ("bert", "random", 1), ("gpt2", "labels", 4), *(pytest.param(*more, marks=pytest.mark.slow) for more in (("gpt2", "labels", 1), ("gpt2", "random", 1), ("bert", "labels", 4)))])
+def test_singular_direction_equals_dense_svd(kind, start, average):
+    found = fit(kind=kind, start=start, average=average, decoder_iterations=14, encoder_iterations=1)
+    _, matrix, _, _ = dense(kind, table().select("train"), "diff", lambda codes: averaging_factors(codes, average))
+    _, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    assert abs(found.certificate.singular_values[0] / float(values[0]) - 1) < 1e-6 and found.certificate.residual < 1e-5
+    assert cosine(found.decoder.vectors[0], right[0]) > 0.999999
+    if not found.certificate.supervised: assert cosine(found.model.decoder_weight, right[0]) > 0.999999
+
+
+def test_several_directions_equal_dense_svd():
+    found = fit(config=GradiendConfig(pair=PAIR, latent_dim=3), decoder_iterations=12, encoder_iterations=2)
+    _, matrix, _, _ = dense("bert", table().select("train"), "diff")[:4]
+    values, right = torch.linalg.svd(matrix, full_matrices=False)[1:]
+    np.testing.assert_allclose(found.certificate.singular_values[:3], values[:3].numpy(), rtol=1e-6)
+    for ours, theirs in zip(found.decoder.vectors, right, strict=False): assert cosine(ours, theirs) > 0.999999
+    spanned = found.model.decoder_weight.detach()
+    assert float((spanned - right[:3].T @ (right[:3] @ spanned)).norm() / spanned.norm()) < 1e-4
+
+
+def test_encoder_equals_dense_ridge_and_full_steps_interpolate():
+    found = fit(decoder_iterations=2, encoder_iterations=24, ridge=1e-3)
+    plain, matrix, w, _ = dense("bert", table().select("train"), "alternative")
+    scores = found.decoder.products[:, 0]
+    target = w.sqrt() * (scores - w @ scores)
+    if found.certificate.supervised: pytest.skip("this tiny model's top direction is not the class axis")
+    by_hand = matrix.T @ torch.linalg.solve(matrix @ matrix.T + 1e-3 * torch.eye(len(target), dtype=torch.float64), target)
+    assert cosine(found.encoder.vectors[0], by_hand) > 0.999999 and abs(float(found.encoder.vectors.norm() / by_hand.norm()) - 1) < 1e-6
+    torch.testing.assert_close(found.encoder.products[:, 0], plain @ by_hand, rtol=1e-6, atol=1e-9)
+
+
+def test_supervised_case_is_the_difference_of_the_class_means():
+    found = fit(supervised=True, average=8, encoder_iterations=1)
+    plain, _, _, codes = dense("bert", table().select("train"), "diff")
+    first, second = (plain[codes == c].mean(0) for c in (0, 1))
+    for h, mean in ((1.0, first), (-1.0, second)): torch.testing.assert_close(found.model.decode(torch.tensor([[h]], dtype=torch.float64))[0].detach(), mean, rtol=1e-6, atol=1e-10)
+    source, _, _, _ = dense("bert", table().select("train"), "alternative")
+    assert cosine(found.encoder.vectors[0], source[codes == 0].mean(0) - source[codes == 1].mean(0)) > 0.999999
+
+
+def test_duals_say_what_the_directions_are_made_of():
+    found = fit(decoder_iterations=4, encoder_iterations=3)
+    for directions, kind in ((found.decoder, "diff"), (found.encoder, "alternative")):
+        plain = dense("bert", table().select("train"), kind)[0]
+        torch.testing.assert_close(directions.duals.T @ plain, directions.vectors, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(plain @ directions.vectors.T, directions.products, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("average", [1, 4])
+def test_store_gives_the_same_solution(average, tmp_path):
+    model, objective, space = setting("bert")
+    store = write_store(tmp_path / "store", model, objective, table().select("train"), space=space)
+    exact = fit(store=store, average=average, ridge=1e-3)
+    walked = fit(average=average, decoder_iterations=14, encoder_iterations=24, ridge=1e-3)
+    assert exact.certificate.supervised == walked.certificate.supervised
+    assert cosine(exact.decoder.vectors, walked.decoder.vectors) > 0.9999 and cosine(exact.encoder.vectors, walked.encoder.vectors) > 0.999
+    assert abs(exact.certificate.singular_values[0] / walked.certificate.singular_values[0] - 1) < 1e-3
+
+
+def test_generalised_cross_validation_and_leave_one_out(tmp_path):
+    model, objective, space = setting("bert")
+    store = write_store(tmp_path / "store", model, objective, table().select("train"), space=space)
+    found = fit(store=store, average=8)
+    assert found.choice["gcv error"].idxmin() == found.choice["chosen"].idxmax() and np.isfinite(found.certificate.left_out_correlation)
+
+
+@pytest.mark.parametrize("average", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_what_a_model_explains_equals_the_sum_over_rows(average):
+    found = fit(average=average, decoder_iterations=3, encoder_iterations=2)
+    rows, mean = found.rows, found.means.mean(0)
+    source, target = (dense("bert", table().select("train"), kind)[0] for kind in ("alternative", "diff"))
+    codes = found.problem.codes
+    for model in (found.model, GradiendModel.create(rows.space, found.model.config, seed=1).double()):
+        x, w = training_examples(source, codes, average, count=300)
+        y, _ = training_examples(target, codes, average, count=300)
+        with torch.no_grad(): slow = float(w @ ((y - mean).square().sum(1) - (y - model(x)).square().sum(1)))
+        fast = explained_by(model, rows, codes, mean, average=average)
+        assert fast == pytest.approx(slow, rel=1e-9 if average == 1 else 0.2)
+    assert found.certify(found.model)["explained"] * found.certificate.energy == pytest.approx(found.certificate.explained, rel=1e-6)
+    assert found.certificate.explained <= found.certificate.bound * (1 + (1e-9 if average == 1 else 0.05))
+
+
+def test_energy_of_the_certificate_is_exact_if_all_rows_are_measured():
+    found = fit(average=1, norm_rows=100)
+    _, matrix, _, _ = dense("bert", table().select("train"), "diff")
+    assert found.certificate.energy == pytest.approx(float(matrix.square().sum()), rel=1e-9) and found.certificate.energy_error == 0
+
+
+def test_every_kind_of_gradient_and_shape():
+    for source, target in (("factual", "diff"), ("diff", "diff"), ("diff", "factual"), ("alternative", "alternative")):
+        found = fit(config=GradiendConfig(pair=PAIR, source=source, target=target), average=8, decoder_iterations=1, encoder_iterations=1, norm_rows=4)
+        assert float(np.corrcoef(found.scores["label"], found.scores["encoding"])[0, 1]) > 0.3
+    for options in ({"bias_decoder": False}, {"activation_encoder": "identity"}, {"activation_encoder": "sigmoid"}):
+        found = fit(config=GradiendConfig(pair=PAIR, **options), average=8, decoder_iterations=1, encoder_iterations=1, norm_rows=4)
+        assert found.model.decoder_weight.isfinite().all() and found.certificate.explained > 0
+
+
+def test_encodings_of_the_model_are_those_of_the_fit():
+    found = fit8()
+    plain = dense("bert", table().select("train"), "alternative")[0]
+    np.testing.assert_allclose(found.model.encode(plain).detach().numpy()[:, 0], found.scores["encoding"], rtol=1e-6)
+    assert found.scores.groupby("label").encoding.mean().loc[1.0] > 0 > found.scores.groupby("label").encoding.mean().loc[-1.0]
+
+
+def test_saved_and_read_back(tmp_path):
+    found = fit8()
+    read = GradiendModel.from_pretrained(found.model.save_pretrained(tmp_path / "model"))
+    assert torch.equal(read.decoder_weight, found.model.decoder_weight) and read.info["solver"] == "spectral" and read.info["certificate"]["verdict"]
+
+
+def test_same_bits_again_and_budget_kept():
+    a, b = fit8(), fit(average=8)
+    assert torch.equal(a.model.encoder_weight, b.model.encoder_weight) and torch.equal(a.model.decoder_bias, b.model.decoder_bias)
+    for average in (1, 32): assert fit(average=average, supervised=average == 1).certificate.forward_passes <= BUDGET
+    assert estimate_spectral(24, setting("bert")[2])["forward_passes"] <= BUDGET
+
+
+def test_an_interrupted_fit_goes_on(tmp_path):
+    model, objective, space = setting("bert")
+    plain, calls = fit8(), []
+
+    def failing(*given):
+        calls.append(1)
+        if len(calls) == 4: raise KeyboardInterrupt
+
+    hook = model.register_forward_pre_hook(failing)
+    try:
+        with pytest.raises(KeyboardInterrupt): fit(average=8, folder=tmp_path / "run")
+        kept = len(list((tmp_path / "run").iterdir()))
+        resumed = fit(average=8, folder=tmp_path / "run")
+    finally: hook.remove()
+    assert kept > 0 and not (tmp_path / "run").exists()
+    assert torch.equal(resumed.model.encoder_weight, plain.model.encoder_weight) and torch.equal(resumed.model.decoder_weight, plain.model.decoder_weight)
+
+
+def test_what_was_kept_for_other_data_is_not_used(tmp_path):
+    fit_folder = tmp_path / "run"
+    model, _, _ = setting("bert")
+    hook = model.register_forward_pre_hook(lambda *given, calls=[]: calls.append(1) or (_ for _ in ()).throw(KeyboardInterrupt) if len(calls) >= 3 else calls.append(1))
+    try:
+        with pytest.raises(KeyboardInterrupt): fit(average=8, folder=fit_folder)
+    finally: hook.remove()
+    other = table(rows=20)
+    assert torch.equal(fit(other, average=8, folder=fit_folder).model.decoder_weight, fit(other, average=8).model.decoder_weight)
+
+
+def test_without_validation_rows():
+    rows = table()
+    found = fit(rows.take(np.flatnonzero(rows.frame["split"] == "train")), average=8)
+    assert np.isnan(found.certificate.validation_correlation) and found.model.info["certificate"]["validation_correlation"] is None
+
+
+def test_the_top_direction_may_not_be_the_class():
+    with pytest.warns(UserWarning, match="not the class axis"):
+        rows = table()
+        rng = np.random.default_rng(0)
+        frame = rows.frame.copy()
+        shuffled = rng.permutation(len(frame))
+        for role in ("factual", "alternative"): frame[f"{role}_class"] = frame[f"{role}_class"].to_numpy()[shuffled]
+        found = fit(Examples(frame, PAIR), average=1, decoder_iterations=10)
+    assert found.certificate.supervised and "class axis" in found.note
+
+
+def test_bad_input():
+    rows = table()
+    constant = rows.frame.copy()
+    for role, name in (("factual", PAIR[1]), ("alternative", PAIR[0])): constant[f"{role}_class"] = name
+    with pytest.raises(InputError, match="none whose source word belongs to '3PL', so there is nothing to tell apart"): fit(Examples(constant, PAIR))
+    only = rows.take(np.flatnonzero((rows.labels("alternative") > 0) & (rows.frame["split"] == "train").to_numpy()))
+    with pytest.raises(InputError, match="none whose source word belongs to '3PL'"): fit(only)
+    with pytest.raises(InputError, match="latent_dim=40: 24 training rows"): fit(config=GradiendConfig(pair=PAIR, latent_dim=40))
+    with pytest.raises(InputError, match="activation_decoder='tanh'"): fit(config=GradiendConfig(pair=PAIR, activation_decoder="tanh"))
+    with pytest.raises(InputError, match="one label per row"): fit(config=GradiendConfig(pair=PAIR, latent_dim=2), supervised=True)
+    for name, value in (("start", "labls"), ("average", 0), ("decoder_iterations", 0), ("encoder_iterations", "many")):
+        with pytest.raises(InputError, match=name): fit(**{name: value})
+
+
+def test_gradients_of_zero_and_broken_gradients_are_named():
+    model, objective, space = setting("bert")
+    rows = table()
+    same = rows.frame.assign(alternative=rows.frame["factual"])
+    with pytest.raises(InputError, match="all gradients are zero"): fit(Examples(same, PAIR))
+    partly = rows.frame.copy()
+    partly.loc[7, "alternative"] = partly.loc[7, "factual"]
+    with pytest.warns(UserWarning, match=r"training rows \[7\] \(1 in all\) have a target gradient of zero"): fit(Examples(partly, PAIR), average=8)
+
+    class Broken(type(objective)):
+        def losses(self, model, batch):
+            factual, alternative = super().losses(model, batch)
+            return factual, alternative + torch.sqrt((alternative - alternative.detach()).clamp(min=0)) * 1.0
+
+    with pytest.raises(InputError, match=r"rows \[0, 1, 2, 3, 4\] of the training rows have a gradient that is not finite"):
+        fit_spectral(model, Broken(objective.tokenizer), rows, space, progress=False)
+
+
+def test_rows_of_other_classes_can_take_part():
+    rows = table()
+    frame = rows.frame.copy()
+    third = np.arange(len(frame)) % 4 == 1
+    frame.loc[third & (frame["alternative_class"] == "3SG"), "alternative_class"] = "2"
+    examples = Examples(frame, PAIR)
+    config = GradiendConfig(pair=PAIR, latent_dim=2)
+    problem = spectral_problem(examples, config, other_classes=True)
+    assert sorted(set(problem.codes)) == [0, 1, 2] and len(problem.codes) > len(spectral_problem(examples, config).codes)
+    found = fit(examples, config=config, other_classes=True, average=8)
+    assert found.model.decoder_weight.shape[1] == 2 and found.certificate.forward_passes > 0
+
+
+def test_fewer_rows_and_shuffled_labels():
+    found = fit(average=8, max_rows=5)
+    assert found.certificate.rows == 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the class is no direction any more
+        control = fit(average=8, shuffle_labels=True)
+    assert sorted(control.problem.labels) == sorted(fit8().problem.labels) and (control.problem.labels != fit8().problem.labels).any()
+    assert control.certificate.explained / control.certificate.energy < 1
