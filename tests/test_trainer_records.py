@@ -123,3 +123,10 @@ def test_a_run_reads_as_a_mapping():
     run = TrainingRun(1, 10, 0.9, True, "fine", (point(0, 0.1), point(10, 0.9)), (1.0,))
     assert run["mean_by_class"] == {"a": 0.9, "b": -0.9} and set(run.frame["class"]) == {"a", "b"} and run.frame["best"].sum() == 2
     assert not run["interrupted"] and "interrupted" in repr(replace(run, interrupted=True))
+
+
+def test_a_class_may_be_called_other():
+    encodings, labels = np.array([0.9, 0.8, -0.7, -0.9, 0.0]), np.array([1.0, 1.0, -1.0, -1.0, 0.0])
+    point = evaluation_point(1, encodings, labels, ("some", "other"))
+    assert {name: round(mean, 6) for name, mean in point.mean_by_class.items()} == {"some": 0.85, "other": -0.8, "neither": 0.0}
+    assert list(evaluation_point(1, encodings, labels, ("a", "b")).mean_by_class) == ["a", "b", "other"]

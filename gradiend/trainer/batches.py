@@ -241,12 +241,12 @@ def fits_budget(
     small = need <= SHARES[role] * args.cache_gradients_gb * 1e9 and need < 0.9 * free_bytes(folder or tempfile.gettempdir())
     return args.cache_gradients is True or small
 
-# %% ../../nbs/51_trainer.batches.ipynb #62b5d694
+# %% ../../nbs/51_trainer.batches.ipynb #0aff449d
 class KeptGradients:
     "The gradients of a table of rows in a store that is written when it is first asked for."
 
-    def __init__(self, model: nn.Module, objective: Objective, frame: pd.DataFrame, space: ParameterSpace, folder: str | Path | None) -> None:
-        self.asked, self.space, self.folder = (model, objective, frame), space, folder
+    def __init__(self, model: nn.Module, objective: Objective, frame: pd.DataFrame, space: ParameterSpace, folder: str | Path | None, batch_size: int = 16) -> None:
+        self.asked, self.space, self.folder, self.batch_size = (model, objective, frame), space, folder, batch_size
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     @cached_property
@@ -257,9 +257,9 @@ class KeptGradients:
             place = Path(self._temporary.name)
         else: place = Path(self.folder)
         identity = store_identity(*self.asked, self.space)
-        return write_store(place / fingerprint(identity), *self.asked, space=self.space, progress_bar=True)  # type: ignore[no-any-return]
+        return write_store(place / fingerprint(identity), *self.asked, space=self.space, batch_size=self.batch_size, progress_bar=True)  # type: ignore[no-any-return]
 
-# %% ../../nbs/51_trainer.batches.ipynb #b0b0c9ed
+# %% ../../nbs/51_trainer.batches.ipynb #0697adc6
 @dataclass(frozen=True, eq=False)
 class CachedStream(GradientStream):
     "The gradient batches of a training run, read from a store."
@@ -279,7 +279,7 @@ def cached(
     folder: str | Path | None = None, # Where the store goes; None: a temporary folder
 ) -> CachedStream:
     "The same batches, read from a store that is written at the first one."
-    kept = KeptGradients(stream.model, stream.objective, stream.frame, stream.space, folder)
+    kept = KeptGradients(stream.model, stream.objective, stream.frame, stream.space, folder, min(16, stream.args.eval_batch_size))
     return CachedStream(stream.model, stream.objective, stream.frame, stream.labels, stream.space, stream.args, stream.groups, kept)
 
 
@@ -348,7 +348,7 @@ def stored_products(
             found.append(gradients.to(weight.device) @ weight.float().T)
     return [torch.cat(found) for found in parts]
 
-# %% ../../nbs/51_trainer.batches.ipynb #5dc75c3d
+# %% ../../nbs/51_trainer.batches.ipynb #f4c23f26
 def validation_encoder(
     model: nn.Module, # The language model
     objective: Objective, # Rows to losses
@@ -370,7 +370,7 @@ def validation_encoder(
         if space.fingerprint not in kept:
             wanted = fits_budget(len(frame), space, args, role="validation", folder=folder)
             wanted = wanted and (args.cache_gradients is True or _one_pass_works(model, objective, frame, space))
-            kept[space.fingerprint] = KeptGradients(model, objective, frame, space, folder) if wanted else None
+            kept[space.fingerprint] = KeptGradients(model, objective, frame, space, folder, min(16, args.eval_batch_size)) if wanted else None
         found = kept[space.fingerprint]
         if found is not None: return stored_products(found.store, models, args.source)
         directions = torch.cat([m.encoder_weight.detach() for m in models])  # (S * k, n)

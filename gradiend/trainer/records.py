@@ -20,13 +20,13 @@ from ..core import InputError, pearson, Readable
 from ..model import GradiendModel, ODD_ACTIVATIONS
 from .arguments import TrainingArguments
 
-# %% ../../nbs/50_trainer.records.ipynb #7d4c5cc6
+# %% ../../nbs/50_trainer.records.ipynb #d684239f
 @dataclass(frozen=True)
 class EvalPoint:
     "What one evaluation of one seed found."
     step: int # Training steps done before it
     correlation: float # Pearson correlation of encoding and label; NaN if the encodings are constant or not finite
-    mean_by_class: dict[str, float] # First class of the pair, second class, then "other" if there are such rows
+    mean_by_class: dict[str, float] # First class of the pair, second class, then "other" ("neither" if a class is called so) if there are such rows
     std_by_class: dict[str, float] # Standard deviation of the encodings of each class
     loss_mean: float # Mean training loss since the evaluation before, in raw units; NaN at step 0
     explained: float = math.nan # Share of the targets' energy that the training predictions since then explained
@@ -51,7 +51,7 @@ class EvalPoint:
         "The same evaluation of the model with its sign turned."
         return self.oriented([-1] * max(1, len(self.correlations)))
 
-# %% ../../nbs/50_trainer.records.ipynb #0a517146
+# %% ../../nbs/50_trainer.records.ipynb #b74cef28
 def evaluation_point(
     step: int, # Training steps done
     encodings: np.ndarray, # `(N,)` or `(N, k)`
@@ -64,7 +64,8 @@ def evaluation_point(
     columns = np.asarray(encodings, dtype=np.float64).reshape(len(labels), -1)
     scores = [pearson(column, labels) for column in columns.T]
     best = int(np.argmax(np.nan_to_num(np.abs(scores), nan=-1.0)))
-    parts = {name: columns[labels == sign, best] for sign, name in ((1, pair[0]), (-1, pair[1]), (0, "other"))}
+    rest = "other" if "other" not in pair else "neither"  # a class may be called so
+    parts = {name: columns[labels == sign, best] for sign, name in ((1, pair[0]), (-1, pair[1]), (0, rest))}
     present = {name: values for name, values in parts.items() if len(values)}
     return EvalPoint(step, scores[best], {name: float(v.mean()) for name, v in present.items()}, {name: float(v.std()) for name, v in present.items()},
                      loss, latent=best, correlations=tuple(scores) if len(scores) > 1 else (), **facts)

@@ -67,12 +67,12 @@ def _draw_correlation(ax: Any, history: pd.DataFrame, chosen: Any, threshold: fl
         labels.append((f"needed: {threshold:g}", threshold, NEUTRAL))
     return labels
 
-# %% ../../nbs/80_visualizer.convergence.ipynb #083313eb
+# %% ../../nbs/80_visualizer.convergence.ipynb #9470692b
 def _draw_means(ax: Any, history: pd.DataFrame, chosen: Any, *, others: bool) -> list[tuple]:
     """Mean and band of one seed for each class, thin lines of the others; returns labels `(name, height, colour)`."""
     rows, labels = history[history["seed"] == chosen].sort_values("step"), []
     for i, name in enumerate(rows["class"].unique()):
-        colour = PALETTE[i % len(PALETTE)] if name != "other" else NEUTRAL
+        colour = PALETTE[i] if i < 2 else NEUTRAL  # the two classes of the pair stand first
         line = rows[rows["class"] == name]
         rest = history[(history["class"] == name) & (history["seed"] != chosen)].sort_values("step")
         for _, thin in rest.groupby("seed") if others else ():
