@@ -642,3 +642,10 @@ def test_several_processes_give_the_same_rows(tmp_path):
     script.write_text(SEVERAL, encoding="utf-8")
     done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_training_data_can_be_sent_to_another_process():
+    import pickle
+    data = make().generate_training_data()
+    again = pickle.loads(pickle.dumps(data))
+    assert again.fingerprint == data.fingerprint and again.report == dict(data.report) and again.classes == data.classes

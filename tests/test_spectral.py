@@ -165,10 +165,14 @@ def test_energy_of_the_certificate_is_exact_if_all_rows_are_measured():
     assert found.certificate.energy == pytest.approx(float(matrix.square().sum()), rel=1e-9) and found.certificate.energy_error == 0
 
 
-def test_every_kind_of_gradient_and_shape():
+def test_every_kind_of_gradient():
     for source, target in (("factual", "diff"), ("diff", "diff"), ("diff", "factual"), ("alternative", "alternative")):
         found = fit(config=GradiendConfig(pair=PAIR, source=source, target=target), average=8, decoder_iterations=1, encoder_iterations=1, norm_rows=4)
         assert float(np.corrcoef(found.scores["label"], found.scores["encoding"])[0, 1]) > 0.3
+
+
+@pytest.mark.slow
+def test_every_shape_of_network():
     for options in ({"bias_decoder": False}, {"activation_encoder": "identity"}, {"activation_encoder": "sigmoid"}):
         found = fit(config=GradiendConfig(pair=PAIR, **options), average=8, decoder_iterations=1, encoder_iterations=1, norm_rows=4)
         assert found.model.decoder_weight.isfinite().all() and found.certificate.explained > 0

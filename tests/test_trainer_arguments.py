@@ -23,11 +23,11 @@ EVERYTHING = TrainingArguments(
     shuffle_labels=True, criterion="torch.nn.functional:huber_loss", train_batch_size=4, gradiend_batch_size=2, train_max_size=9, num_train_epochs=2, max_steps=77,
     learning_rate="tune", lr_search_config=LRSearchConfig(bounds=(1e-6, 1e-2), probe_steps=60, seeds=2), optim="sgd", weight_decay=0.0, adam_beta1=0.8, adam_beta2=0.99,
     adam_epsilon=1e-12, lr_scheduler_type="cosine", warmup_steps=5, warmup_ratio=0.1, max_grad_norm=1.0, cache_gradients=False, cache_gradients_gb=0.5,
-    use_cache=True, do_eval=False, eval_strategy="epoch", eval_steps=9, eval_batch_size=5, eval_max_size=11, save_strategy="no", save_steps=7, logging_steps=3,
+    use_cache=True, eval_strategy="epoch", eval_steps=9, eval_batch_size=5, eval_max_size=11, save_strategy="no", save_steps=7, logging_steps=3,
     report_to=["tensorboard", "wandb"], early_stopping_threshold=0.01, seed=5, max_seeds=4, min_convergent_seeds=2, convergent_score_threshold=0.6,
     convergent_mean_by_class_threshold=None, fail_on_non_convergence=True, seed_stability_topk=None, seed_stability_part="encoder-weight", encoder_eval_max_size=50,
     decoder_eval_max_size=60, decoder_eval_lrs=[0.1, 1.0], decoder_eval_feature_factors=[-1.0, 1.0], lms_ratio=0.95)
-ALONE = {"solver": "spectral", "supervised_encoder": True, "supervised_decoder": True, "early_stopping_patience": 3} # Each excludes some of the above
+ALONE = {"do_eval": False, "solver": "spectral", "supervised_encoder": True, "supervised_decoder": True, "early_stopping_patience": 3} # Each excludes some of the above
 
 
 def test_every_field_differs_from_its_default_and_survives_json():
@@ -143,3 +143,9 @@ def test_max_steps_is_the_number_of_steps_also_beyond_the_epochs():
 def test_signature_stays_readable():
     names = list(inspect.signature(TrainingArguments).parameters)
     assert names == [f.name for f in dataclasses.fields(TrainingArguments)]
+
+
+def test_choices_that_could_only_fail_at_the_end():
+    with pytest.raises(InputError, match="fail_on_non_convergence=True needs evaluations"): TrainingArguments(do_eval=False, fail_on_non_convergence=True)
+    with pytest.raises(InputError, match="supervised_encoder=True trains no decoder"): TrainingArguments(supervised_encoder=True, post_prune_config=PostPruneConfig(topk=0.5))
+    assert TrainingArguments(supervised_encoder=True, post_prune_config=PostPruneConfig(topk=0.5, part="encoder-weight")).supervised_encoder

@@ -39,7 +39,7 @@ def group_classes(
     frame = frame.iloc[np.argsort(place.to_numpy(), kind="stable")]   # classes not wanted: NaN, so last
     return frame[frame.factual_class.isin(order)].reset_index(drop=True)
 
-# %% ../../nbs/09_data.classes.ipynb #d2631397
+# %% ../../nbs/09_data.classes.ipynb #cb685f09
 def named_order(
     frame: pd.DataFrame, # The long table; `attrs["classes_by_name"]` says that its order means nothing
     pair: Sequence[str] | None = None, # What the user asked for
@@ -50,7 +50,7 @@ def named_order(
     present = frame.factual_class.drop_duplicates().tolist()
     if pair is None and len(merge or ()) != 2:
         raise InputError(f"the classes of the data are known by names of files or configurations alone "
-                         f"({', '.join(present)}), and the alphabet must not decide which is +1: say pair=, "
+                         f"({', '.join(present)}), and the alphabet must not decide which is +1: say pair= (target_classes= of a trainer), "
                          f"such as pair=({present[0]!r}, {present[-1]!r})")
     members = [(merge or {}).get(c, c) for c in (pair or merge or ())]
     first = [c for m in members for c in ([m] if isinstance(m, str) else m) if c in present]
@@ -78,7 +78,7 @@ def merge_classes(
     given = frame.alternative_class.where(frame.alternative_class.notna(), "").astype(str)
     return frame.assign(_raw_alternative=given, alternative_class=given.replace(into))
 
-# %% ../../nbs/09_data.classes.ipynb #0d7668d2
+# %% ../../nbs/09_data.classes.ipynb #184b29f9
 def check_pair(
     pair: Any, # What the user gave
 ) -> tuple[str, str]: # The pair
@@ -100,7 +100,7 @@ def choose_pair(
             raise InputError(f"data has only one class ({classes[0]!r}): a feature needs two")
         if len(classes) > 2:
             listed = ", ".join(classes)
-            raise InputError(f"data has {len(classes)} classes ({listed}): choose two with pair=, "
+            raise InputError(f"data has {len(classes)} classes ({listed}): choose two with pair= (target_classes= of a trainer), "
                              f"such as pair=({classes[0]!r}, {classes[1]!r})")
         pair = classes
     first, second = check_pair(pair)

@@ -86,7 +86,7 @@ def _examples(frame: pd.DataFrame, n: int = 5) -> pd.DataFrame:
     places = np.linspace(0, max(len(frame) - 1, 0), min(n, len(frame)))
     return frame.iloc[np.unique(places.round().astype(int))][["masked", "label", "label_class", "split"]]
 
-# %% ../../nbs/08_data.output.ipynb #661e3088
+# %% ../../nbs/08_data.output.ipynb #f692dbdb
 @dataclass(frozen=True, eq=False, repr=False)
 class TrainingData(Mapping[str, pd.DataFrame]):
     "Training rows with their history; `data[\"3SG\"]` is the table of a class, in the order of `classes`."
@@ -118,6 +118,7 @@ class TrainingData(Mapping[str, pd.DataFrame]):
 
     def __iter__(self) -> Iterator[str]: return iter(self.classes)
     def __len__(self) -> int: return len(self.classes)
+    def __reduce__(self) -> Any: return TrainingData, (self.unified, self.classes, self.mask, dict(self.report), dict(self.configuration))
 
     def __repr__(self) -> str:
         rows = ", ".join(f"{len(t)} {c}" for c, t in self.per_class.items())

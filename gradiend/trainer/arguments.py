@@ -93,14 +93,14 @@ def _check_network(a: ModelArguments) -> None:
             raise TypeError(f"{name}={value!r} must be a {kind.__name__} or None")
     check_rate("gradient_scale", a.gradient_scale, "auto")
 
-# %% ../../nbs/50_trainer.arguments.ipynb #299bfba5
+# %% ../../nbs/50_trainer.arguments.ipynb #2abaec19
 @dataclass(frozen=True, kw_only=True)
 class OptimiserArguments:
     "How the small network is trained: solver, batches, steps, optimiser."
     solver: str = "adamw" # "adamw" (the paper's loop), "spectral" (closed form) or "mean_difference" (baseline without training)
     supervised_encoder: bool = False # Baseline: train the encoder alone, towards the label
     supervised_decoder: bool = False # Baseline: train the decoder alone, fed with the label
-    shuffle_labels: bool = False # Control: the labels of the training rows in random order
+    shuffle_labels: bool = False # Control: the labels of the training rows, and of the validation rows, in random order
     criterion: str = "mse" # Loss between prediction and target: "mse", "l1" or an import path "package.module:function"
     train_batch_size: int = 32 # Rows of one class whose gradients are averaged into one training example
     gradiend_batch_size: int = 1 # Training examples per step of the optimiser
@@ -121,7 +121,7 @@ class OptimiserArguments:
     cache_gradients: bool | Literal["auto"] = "auto" # Whether gradients are kept for later epochs; "auto": if they fit the budget and are needed again
     cache_gradients_gb: float = 2.0 # Budget of the kept gradients in gigabytes
 
-# %% ../../nbs/50_trainer.arguments.ipynb #7634ed29
+# %% ../../nbs/50_trainer.arguments.ipynb #0aa25492
 def _check_solver(a: "TrainingArguments") -> None:
     "Solver, baselines, controls, and what they exclude."
     check_choice("solver", a.solver, SOLVERS)
@@ -130,6 +130,10 @@ def _check_solver(a: "TrainingArguments") -> None:
     if len(supervised) == 2:
         raise InputError("supervised_encoder=True and supervised_decoder=True exclude each other: train them in two runs")
     if supervised and a.latent_dim != 1: raise InputError(f"{supervised[0]}=True has one label per row and latent_dim={a.latent_dim}: set latent_dim=1")
+    if a.supervised_encoder and a.post_prune_config is not None and a.post_prune_config.part != "encoder-weight":
+        raise InputError(f"supervised_encoder=True trains no decoder, and post_prune_config ranks by {a.post_prune_config.part!r}: use part='encoder-weight'")
+    if a.fail_on_non_convergence and not a.evaluates and a.solver == "adamw":
+        raise InputError("fail_on_non_convergence=True needs evaluations to tell whether a seed converged: set do_eval=True and eval_strategy='steps', or leave it out")
     loop_only = supervised + (["learning_rate='tune'"] if a.learning_rate == "tune" else []) + (["criterion"] if a.criterion != "mse" else [])
     if a.solver != "adamw" and loop_only:
         raise InputError(f"solver={a.solver!r} has no training loop, so {', '.join(loop_only)} would be ignored: leave it out, or use solver='adamw'")

@@ -178,7 +178,7 @@ def within_span(
     filtered = torch.where(values > 1e-12 * values[0], values / (values**2 + ridge), 0.0)
     return right.T @ (filtered[:, None] * (left.T @ target))
 
-# %% ../../nbs/53_trainer.krylov.ipynb #749e338d
+# %% ../../nbs/53_trainer.krylov.ipynb #36cc58b2
 def adjusted_gram(
     matrix: Centred, # Which matrix
     gram: Tensor, # `(N, N)` inner products of the plain rows
@@ -216,6 +216,7 @@ def gram_ridge(
 
     errors = {lam: gcv(lam) for lam in grid}
     best = min(errors, key=lambda lam: errors[lam])
-    inverse = vectors @ torch.diag(1 / (values + best).clamp(min=1e-300)) @ vectors.T
-    duals = inverse @ target
-    return Ridge(duals, best, errors, target - duals / inverse.diagonal()[:, None])
+    inverse = 1 / (values + best).clamp(min=1e-300)
+    duals = vectors @ (inverse[:, None] * seen)
+    inverse[:dropped] = 0  # the constant, which is fitted without a penalty: otherwise the mean would tell what was left out
+    return Ridge(duals, best, errors, target - duals / (vectors.square() @ inverse)[:, None])

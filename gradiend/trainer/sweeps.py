@@ -93,7 +93,7 @@ def bad_rows(
     found = bad_rows(is_finite, rows[:len(rows) // 2], limit)
     return found if len(found) >= limit else (found + bad_rows(is_finite, rows[len(rows) // 2:], limit))[:limit]
 
-# %% ../../nbs/52_trainer.sweeps.ipynb #b460f887
+# %% ../../nbs/52_trainer.sweeps.ipynb #95750cbe
 class GradientRows:
     "The gradients of N rows over n weights, as a matrix to multiply with."
     where = "the gradients"
@@ -130,7 +130,7 @@ class GradientRows:
         "Squared lengths `(m,)` of some gradients, made a few at a time so that no more than `memory` numbers are held."
         size = max(1, memory // self.n)
         def compute() -> Tensor:
-            parts = [self._rows(positions[a:a + size], kind).double().square().sum(1) for a in range(0, len(positions), size)]
+            parts = [torch.linalg.vector_norm(self._rows(positions[a:a + size], kind), dim=1).double().square() for a in range(0, len(positions), size)]
             return torch.cat(parts).cpu()
         result, _ = self.kept.answer(["norms", kind, positions], compute)
         self._count(Sweep("norms", kind, 0, len(positions) / self.rows))

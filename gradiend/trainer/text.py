@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainerMaterial', 'TrainerTraining', 'TrainerEvaluation', 'TextPredictionTrainer']
 
-# %% ../../nbs/85_trainer.text.ipynb #b121972c
+# %% ../../nbs/85_trainer.text.ipynb #fc8154f4
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core import InputError
+from ..core import InputError, check_replaceable
 from ..data.examples import Examples, make_examples, neutral_examples
 from ..data.sources import read_texts
 from ..delta import Delta
@@ -28,7 +28,7 @@ from ..rewrite import chosen_delta, chosen_key, rewrite_for_classes
 from .arguments import TrainingArguments
 from .multiseed import MultiSeedView
 from .optimisation import LRSearchConfig
-from .preparation import load_pair, model_config, post_pruned, training_objective, training_space
+from .preparation import check_decoder, checked_arguments, load_pair, model_config, post_pruned, run_folder, training_objective, training_space
 from .reports import SeedReport, selected
 from .solve import solve, tuned
 from .tuning import LRSearch
@@ -40,7 +40,7 @@ from ..visualizer.encoder import plot_encoder_distributions
 from ..visualizer.scatter import plot_encoder_scatter
 from ..visualizer.targets import plot_encoder_by_target
 
-# %% ../../nbs/85_trainer.text.ipynb #815fa2d0
+# %% ../../nbs/85_trainer.text.ipynb #3d570e7a
 class TrainerMaterial:
     "A language model, its data and its arguments; later the trained GRADIEND."
 
@@ -57,15 +57,14 @@ class TrainerMaterial:
         mask: str = "[MASK]", # Placeholder in the data
         **data_options: Any, # Options of `make_examples`: class_merge_map, columns, split_by, max_per_class and the others
     ):
-        self.args = args or TrainingArguments()
-        if run_id is not None and self.args.experiment_dir is None:
-            raise InputError(f"run_id={run_id!r} names a sub-folder of args.experiment_dir, and that is not set; set it, or leave run_id out")
+        self.args = checked_arguments(args)
+        self.folder = run_folder(self.args.experiment_dir, run_id)
         self.tokenizer, self.base_model = load_pair(model, tokenizer, self.args)
         self.examples: Examples = make_examples(data, pair=target_classes, mask=mask, seed=self.args.seed, **data_options)
         self.objective: Objective = training_objective(self.tokenizer, self.base_model, self.args, mask=self.examples.mask)
         self.neutral = [] if eval_neutral_data is None else list(read_texts(eval_neutral_data))
-        self.folder = None if self.args.experiment_dir is None else Path(self.args.experiment_dir) / (run_id or "")
         self.space: ParameterSpace | None = None
+        self._cut_by: Any = None  # the arguments that the space was made with
         self.gradiend: GradiendModel | None = None
         self.report: SeedReport | None = None
         self.candidates: dict[str, Any] = {}  # what decoder evaluations have measured, by fingerprint
@@ -96,7 +95,7 @@ class TrainerMaterial:
         "Where a figure of this run goes; None without an experiment folder."
         return None if self.folder is None else self.folder / "figures" / f"{name}.png"
 
-# %% ../../nbs/85_trainer.text.ipynb #7e0f98e9
+# %% ../../nbs/85_trainer.text.ipynb #8bbf007a
 class TrainerTraining(TrainerMaterial):
     "Pruning, the search for a learning rate, training; the report on it."
 
@@ -104,11 +103,13 @@ class TrainerTraining(TrainerMaterial):
         "Choose the weights that take part in the training; `train` does it by itself. `config`: instead of the arguments'."
         if config is not None: self.args = replace(self.args, pre_prune_config=config)
         self.space = training_space(self.base_model, **self._material, args=self.args)
+        self._cut_by = self.args.params, self.args.pre_prune_config
         return self.space
 
     def _prepared(self) -> dict[str, Any]:
         "What the training functions take, but for the arguments."
-        space = self.space if self.space is not None else self.pre_prune()
+        current = self.space is not None and self._cut_by == (self.args.params, self.args.pre_prune_config)
+        space = self.space if current else self.pre_prune()
         return {"model": self.base_model, **self._material, "space": space, "config": model_config(self.base_model, **self._material, args=self.args), "folder": self.folder}
 
     def tune_learning_rate(self, config: LRSearchConfig | None = None, *, progress: bool = True) -> LRSearch:
@@ -120,13 +121,15 @@ class TrainerTraining(TrainerMaterial):
 
     def train(self, *, resume: bool = False, callbacks: Sequence[Any] = (), progress: bool = True) -> SeedReport:
         "Pre-prune, train all seeds, choose the best, post-prune; writes everything if there is an experiment folder. `resume`: go on with an unfinished run there."
+        if self.folder is not None: check_replaceable(self.folder / "model")
         self.report = solve(**self._prepared(), args=self.args, callbacks=callbacks, progress=progress, resume=resume)
         self._keep(post_pruned(self.report.model, self.args))
         return self.report
 
     def post_prune(self, config: PostPruneConfig) -> GradiendModel:
         "Cut the trained model down further; returns it. Raises RuntimeError before training."
-        return self._keep(post_pruned(self.get_model(), replace(self.args, post_prune_config=config)))
+        self.args = replace(self.args, post_prune_config=config)
+        return self._keep(post_pruned(self.get_model(), self.args))
 
     def _keep(self, model: GradiendModel) -> GradiendModel:
         "Make this the trained model, and write it if there is an experiment folder."
@@ -139,7 +142,7 @@ class TrainerTraining(TrainerMaterial):
         if self.report is None: raise RuntimeError("nothing was trained here yet; call train() first")
         return self.report
 
-# %% ../../nbs/85_trainer.text.ipynb #3174a8ad
+# %% ../../nbs/85_trainer.text.ipynb #9b675847
 class TrainerEvaluation(TrainerTraining):
     "The evaluations of the encoder and the decoder, for the chosen model and for every seed."
 
@@ -163,6 +166,7 @@ class TrainerEvaluation(TrainerTraining):
     def _decoder_result(self, model: GradiendModel, *, lrs: Sequence[float] | None = None, max_size: int | None = None, **options: Any) -> DecoderResult:
         usual = {"feature_factors": self.args.decoder_eval_feature_factors, "lms_ratio": self.args.lms_ratio, "batch_size": self.args.eval_batch_size, "seed": self.args.seed,
                  "lms_texts": self.neutral or None, "cache": self.candidates if self.folder is None else self.folder / "decoder", "progress": True}
+        check_decoder(model)
         return evaluate_decoder(model, self.base_model, **self._material, lrs=self.args.decoder_eval_lrs if lrs is None else lrs,
                                 max_size=self.args.decoder_eval_max_size if max_size is None else max_size, **usual | options)
 
@@ -180,7 +184,7 @@ class TrainerEvaluation(TrainerTraining):
         models = {report.runs[i].seed: post_pruned(report.models[i], self.args) for i in selected(report, selection)}
         return MultiSeedView(models, {"evaluate_encoder": self._encoder_result, "evaluate_decoder": self._decoder_result})
 
-# %% ../../nbs/85_trainer.text.ipynb #b5490aa1
+# %% ../../nbs/85_trainer.text.ipynb #eec8f7be
 class TextPredictionTrainer(TrainerEvaluation):
     "The workflow of the paper (sections 3.2 to 3.4) behind one object: train, evaluate, rewrite."
 
@@ -215,4 +219,5 @@ class TextPredictionTrainer(TrainerEvaluation):
 
     def verify_rewrite(self, rewritten: PreTrainedModel | Delta | str | Path, *, split: str | list[str] = "test", **options: Any) -> RewriteReport:
         "What a rewrite did: weights, probabilities, scores, sentences before and after. Options: those of `verify_rewrite`."
-        return verify_rewrite(self.base_model, rewritten, self.objective, self.examples, **{"lms_texts": self.neutral or None, "split": split} | options)
+        usual = {"lms_texts": self.neutral or None, "split": split, "max_size": self.args.decoder_eval_max_size, "batch_size": self.args.eval_batch_size, "seed": self.args.seed}
+        return verify_rewrite(self.base_model, rewritten, self.objective, self.examples, **usual | options)

@@ -22,7 +22,7 @@ from gradiend.data.filters import TextFilterConfig
 from gradiend.gradients.objectives import batches, masked_lm
 from gradiend.gradients.space import ParameterSpace
 from gradiend.model import GradiendConfig
-from gradiend.trainer.spectral import BUDGET, fit_spectral, step_cost
+from gradiend.trainer.spectral import BUDGET, NORM_ROWS, fit_spectral, step_cost
 
 from .common import ROWS, RUNS, THREADS, threads
 
@@ -47,7 +47,7 @@ def forward_seconds(model, objective, rows: Examples) -> float:
 
 def test_the_closed_form_keeps_its_budget():
     tokenizer, model = zoo.load("gradiend/mini-mlm")
-    examples, objective, space = pronouns(max(160, ROWS)), masked_lm(tokenizer), ParameterSpace.from_model(model)
+    examples, objective, space = pronouns(max(400, ROWS)), masked_lm(tokenizer), ParameterSpace.from_model(model)
     train, rows = examples.select("train"), []
     only = examples.take([i for i, split in enumerate(examples.frame["split"]) if split == "train"])
     fit_spectral(model, objective, only, space, progress=False)  # warm
@@ -63,7 +63,7 @@ def test_the_closed_form_keeps_its_budget():
             rows.append({"fit": what, "training rows": fit.certificate.rows, "counted": fit.certificate.forward_passes, "measured": sorted(multiples)[len(multiples) // 2]})
     table = pd.DataFrame(rows)
     print("\n" + table.round(2).to_string(index=False))
-    sampled = 3 * min(64, len(train) // 2) / len(train)
+    sampled = 3 * min(NORM_ROWS, len(train) // 2) / len(train)
     assert table["counted"][0] <= BUDGET and table["counted"][1] <= BUDGET
     assert table["counted"][2] == pytest.approx(2 * step_cost(2) + sampled, abs=0.1)
     assert table["measured"][0] <= 1.25 * BUDGET
