@@ -7,7 +7,7 @@ __all__ = ['DELTA_PARTS', 'DELTA_FORMAT', 'InForce', 'put_on', 'take_off', 'in_f
            'find_in_force', 'applied', 'write_delta_files', 'save_delta', 'load_delta', 'fetched', 'delta_card',
            'push_delta']
 
-# %% ../nbs/45_delta.ipynb #d8c9930a
+# %% ../nbs/45_delta.ipynb #be2fe957
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .changes import WeightChange
+from .changes import WeightChange, plain_number
 from .core import InputError, atomic_folder, check_choice, read_json, write_json
 from .gradients.space import ParameterSpace
 from .model import PARTS, GradiendModel
@@ -101,7 +101,7 @@ def decoded(
         raise InputError(f"part={part!r} needs a decoder bias, and this model has none (bias_decoder=False)")
     return direction + h.mean() * weights["decoder_bias"]
 
-# %% ../nbs/45_delta.ipynb #c77a6f48
+# %% ../nbs/45_delta.ipynb #4c4dfd1d
 class Delta(WeightChange):
     "A change of a model's weights that can be applied in place, taken back bit for bit, combined and saved."
 
@@ -109,13 +109,15 @@ class Delta(WeightChange):
     def from_gradiend(cls, model: GradiendModel, feature_factor: float | Sequence[float], learning_rate: float = 1.0, *,
                       part: str = "decoder") -> Self:
         "The change `learning_rate * decoder(feature_factor)` that a trained GRADIEND proposes (paper, section 3.3)."
-        if not torch.tensor(float(learning_rate)).isfinite():
+        learning_rate = plain_number("learning_rate", learning_rate)
+        if not torch.tensor(learning_rate).isfinite():
             raise InputError(f"learning_rate={learning_rate!r}: give a finite number; 0 changes nothing")
         config = model.config
-        factor = feature_factor if isinstance(feature_factor, int | float) else [float(f) for f in feature_factor]
+        many = isinstance(feature_factor, Sequence) and not isinstance(feature_factor, str) or getattr(feature_factor, "ndim", 0) > 0
+        factor = [plain_number("feature_factor", f) for f in feature_factor] if many else plain_number("feature_factor", feature_factor)  # type: ignore[union-attr]
         note = {"feature_factor": factor, "learning_rate": learning_rate, "part": part, "pair": list(config.pair),
                 "source": config.source, "target": config.target, "base_model": dict(config.base_model)}
-        return cls(model.space, learning_rate * decoded(model, feature_factor, part), note)
+        return cls(model.space, learning_rate * decoded(model, factor, part), note)
 
     def apply_(self, model: nn.Module) -> "Applied":
         "Change the model in place, on top of what is in force. Raises InputError if it does not fit; then nothing is changed."
@@ -145,7 +147,7 @@ class Delta(WeightChange):
         "Upload the change to the Hugging Face hub, with a model card; returns its address. See `push_delta` for the options."
         return push_delta(self, repo_id, **options)
 
-# %% ../nbs/45_delta.ipynb #5e92a64c
+# %% ../nbs/45_delta.ipynb #3c085ba8
 class Applied:
     "A change that is in force, and the way back."
 
@@ -157,6 +159,10 @@ class Applied:
         if self._entry not in _IN_FORCE.get(self.model, []):
             raise RuntimeError("this change was already undone")
         take_off(self.model, self._entry)
+
+    def keep(self) -> None:
+        "Make the change a part of the weights: the old values are released, and it can no longer be undone."
+        _IN_FORCE[self.model].remove(self._entry)
 
     def moved(self) -> int:
         "How many weights have another value than before; those whose change was rounded away are not among them."

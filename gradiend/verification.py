@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['weight_pairs', 'compare_weights', 'top_words', 'RewriteReport', 'verify_rewrite']
 
-# %% ../nbs/72_verification.ipynb #f0b5de39
+# %% ../nbs/72_verification.ipynb #7802550d
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,8 @@ from .delta import Delta
 from .evaluator.candidates import Candidate
 from .evaluator.decoder import evaluation_rows, measurement, score_texts
 from .evaluator.lms import evaluation_mode
-from .gradients.objectives import Objective, kind_of
+from .gradients.objectives import Objective, kind_of, longest_input
+from .gradients.tokens import Tokens, crop
 from .weights import check_fits, moved, pieces, read_entries
 
 # %% ../nbs/72_verification.ipynb #cf815408
@@ -67,18 +68,28 @@ def compare_weights(
                          "weights, or this is the base model itself")
     return pd.DataFrame(rows)
 
-# %% ../nbs/72_verification.ipynb #1c10397e
+# %% ../nbs/72_verification.ipynb #4aea646c
 def _question(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, kind: str, text: str, mask: str) -> tuple[dict[str, Tensor], int]:
-    "What to give the model for a text with one gap, and the position whose prediction to read."
+    "What to give the model for a text with one gap, cut around it if it is too long, and the position whose prediction to read."
+    limit = min(longest_input(model) or 10**6, tokenizer.model_max_length)
     if kind == "causal_lm":
-        inputs = tokenizer(text.partition(mask)[0].rstrip() or str(tokenizer.bos_token or tokenizer.eos_token), return_tensors="pt")
-        return dict(inputs), int(inputs["input_ids"].shape[1]) - 1
-    if kind == "seq2seq":
-        inputs = dict(tokenizer(text.replace(mask, "<extra_id_0>"), return_tensors="pt"))
-        start = int(getattr(model.config, "decoder_start_token_id", None) or 0)
-        return inputs | {"decoder_input_ids": torch.tensor([[start, tokenizer.convert_tokens_to_ids("<extra_id_0>")]])}, 1
-    inputs = tokenizer(text.replace(mask, str(tokenizer.mask_token)), return_tensors="pt")
-    return dict(inputs), int((inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0])
+        read = tokenizer(text.partition(mask)[0].rstrip(), return_special_tokens_mask=True)
+        ids, special = list(read["input_ids"]), [*read["special_tokens_mask"], 0]
+        while ids and special[len(ids) - 1]: ids.pop()  # an end token, if the tokenizer appends one, would follow the gap
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        ids, head = (ids, special.index(0)) if ids else ([start], 1)
+        ids = ids[:head] + ids[head:][-max(limit - head, 1):]
+        return {"input_ids": torch.tensor([ids])}, len(ids) - 1
+    gap = "<extra_id_0>" if kind == "seq2seq" else str(tokenizer.mask_token)
+    read = tokenizer(text.replace(mask, gap), return_special_tokens_mask=True)
+    ids, special, hidden = list(read["input_ids"]), list(read["special_tokens_mask"]), tokenizer.convert_tokens_to_ids(gap)
+    at = ids.index(hidden)
+    head, tail = min(special.index(0), at), min(special[::-1].index(0), len(ids) - at - 1)
+    kept = crop(Tokens(tuple(ids), ((at, at + 1),), head, tail), limit, name=f"sentences: {text[:40]!r}")
+    inputs = {"input_ids": torch.tensor([kept.ids])}
+    if kind != "seq2seq": return inputs, kept.places[0][0]
+    start = int(getattr(model.config, "decoder_start_token_id", None) or 0)
+    return inputs | {"decoder_input_ids": torch.tensor([[start, hidden]])}, 1
 
 
 def top_words(
@@ -164,7 +175,7 @@ def _score_frame(before: Candidate, after: Candidate) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=["score", "before", "after"])
     return frame.assign(change=frame["after"] - frame["before"])
 
-# %% ../nbs/72_verification.ipynb #e386f61a
+# %% ../nbs/72_verification.ipynb #301b9862
 def _loaded(base_model: PreTrainedModel, rewritten: Any) -> PreTrainedModel | Delta:
     "The rewritten model, from a folder if need be. Raises InputError for the base model itself, and what is no model."
     if isinstance(rewritten, str | Path):
@@ -185,7 +196,7 @@ def verify_rewrite(
     examples: Examples, # rows of both classes
     *,
     lms_texts: Sequence[str] | None = None, # ordinary sentences for the scores; None: those of the rows, with a warning
-    sentences: int | Sequence[str] = 2, # masked texts to show; a number: so many of each class, drawn from the rows
+    sentences: int | str | Sequence[str] = 2, # masked texts to show, one or several; a number: so many of each class, drawn from the rows
     targets: Mapping[str, Sequence[str]] | str | None = None, # words of each class; None: from the data; `rows`: each row's own two
     eval_ignore: Iterable[str] = (), # words beside the targets that the scores do not ask about
     split: str | Sequence[str] = "test", # a split, several, or `all`
@@ -198,7 +209,7 @@ def verify_rewrite(
     weights = compare_weights(base_model, after_model)
     rows = evaluation_rows(examples, split=split, max_size=max_size, seed=seed)
     texts, source = score_texts(lms_texts, rows)
-    shown = _draw_sentences(rows, sentences, seed) if isinstance(sentences, int) else list(sentences)
+    shown = _draw_sentences(rows, sentences, seed) if isinstance(sentences, int) else [sentences] if isinstance(sentences, str) else list(sentences)
     tokenizer, mask = objective.tokenizer, examples.mask  # type: ignore[attr-defined]
     said = [_say(base_model, tokenizer, shown, mask)]
     before, measure = measurement(objective, examples, rows, texts, targets=targets, eval_ignore=eval_ignore, batch_size=batch_size, seed=seed).take_base(base_model)

@@ -389,3 +389,39 @@ def test_differently_pruned_changes_of_other_bases_are_not_mixed():
     for action in (lambda: a + b, lambda: a - b, lambda: a.cosine(b)):
         with pytest.raises(InputError, match="made for the same base model"):
             action()
+
+
+def test_numbers_of_every_kind(tmp_path):
+    import json
+
+    import numpy as np
+    space = ParameterSpace.from_global(["w"], [(3,)], None)
+    gradiend = GradiendModel.create(space, GradiendConfig(pair=("a", "b")), seed=0)
+    expected = Delta.from_gradiend(gradiend, 1.0, 0.5)
+    for one, half in ((np.float32(1), np.float32(0.5)), (torch.tensor(1.0), torch.tensor(0.5)), (1, np.float64(0.5)), ([1.0], 0.5), (torch.ones(1), 0.5)):
+        delta = Delta.from_gradiend(gradiend, one, half)
+        assert torch.equal(delta.values, expected.values)
+        delta.save_pretrained(tmp_path / "d")
+        assert json.loads((tmp_path / "d" / "delta.json").read_text())["note"]["learning_rate"] == 0.5
+    for two in (2, np.float32(2), np.float64(2), torch.tensor(2.0)):
+        for scaled in (two * expected, expected * two, expected / (1 / two)):
+            scaled.save_pretrained(tmp_path / "d")
+            assert type(scaled) is Delta and torch.equal(scaled.values, 2 * expected.values) and scaled.note["learning_rate"] == 1.0
+    for wrong in ("1", None, [["1"]]):
+        with pytest.raises(InputError, match="feature_factor"):
+            Delta.from_gradiend(gradiend, wrong)
+        with pytest.raises(InputError, match="learning_rate"):
+            Delta.from_gradiend(gradiend, 1.0, wrong)
+    with pytest.raises(InputError, match="divided by zero"):
+        expected / 0
+
+
+def test_sums_and_what_cannot_be_added():
+    space = ParameterSpace.from_global(["w"], [(3,)], None)
+    delta = Delta(space, torch.ones(3))
+    assert torch.equal(sum([delta, delta]).values, torch.full((3,), 2.0))
+    for wrong in (lambda: delta + 1, lambda: 1 + delta, lambda: delta - 1.5, lambda: delta + torch.ones(3)):
+        with pytest.raises(TypeError, match="2 \\* change"):
+            wrong()
+    with pytest.raises(InputError, match="factor="):
+        delta * "2"

@@ -19,7 +19,7 @@ from gradiend.data.examples import Examples, make_examples
 from gradiend.data.targets import TextFilterConfig
 from gradiend.delta import DELTA_PARTS, Delta, applied
 from gradiend.evaluator.candidates import CandidateFolder, row_batches
-from gradiend.evaluator.decoder import Candidate, class_probabilities, evaluate_decoder, select_candidate, word_batches
+from gradiend.evaluator.decoder import Candidate, Goal, _choose, class_probabilities, evaluate_decoder, select_candidate, try_candidates, word_batches
 from gradiend.evaluator.lms import language_modelling_score, lms_batches
 from gradiend.gradients.engine import weighted_sums
 from gradiend.gradients.objectives import masked_lm, objective_for
@@ -390,6 +390,65 @@ def test_halving_outside_the_border(writing):
     assert harmful["3SG"].outcome == "none_keeps_lms" and harmful.brackets["3SG"][0].keeps == 0.0
 
 
+class Curves:
+    "Stands for a bench whose candidates follow two functions of the learning rate."
+    part = "decoder"
+
+    def __init__(self, lms, p): self.lms, self.p = lms, p
+    def candidate(self, factor, lr): return Candidate(lr, factor, self.lms(lr), {"3PL": {"3SG": self.p(lr), "3PL": 0.5}, "3SG": {"3SG": 0.9, "3PL": 0.0}})
+
+
+def halved(lms, p, precision=0.05):
+    bench, goal = Curves(lms, p), Goal("3SG", "3PL", candidate(0.0, 0.5, 0.3))
+    tried, brackets = try_candidates(bench, goal, [1.0], (0.001, 100.0), search="bisect", precision=precision)
+    assert len(tried) <= 12
+    return _choose(bench, goal, tried, brackets, selector="paper", tokens=100, precision=precision)
+
+
+@pytest.mark.parametrize("first, last", [(0.0, 2.0), (0.0, 0.05), (0.4, 3.0), (5.0, 30.0)])
+@pytest.mark.parametrize("border", [1000.0, 60.0])
+def test_halving_goes_on_where_a_harmless_rate_does_no_good(first, last, border):
+    "The score is kept up to a border, but the probability is raised in a part of that range only."
+    found = halved(lambda lr: 0.5 if lr <= border else 0.1, lambda lr: 0.6 if first <= lr <= last else 0.2)
+    assert found.outcome == "selected" and last / 1.05 <= found.learning_rate <= last
+    assert "keeps it but does no good" in found.reason
+
+
+def test_halving_says_what_it_tried_if_nothing_passes():
+    found = halved(lambda lr: 0.5, lambda lr: 0.3)
+    assert found.outcome == "none_improves" and "by halving in 12 measurements: tried 0.001, " in found.reason and "100 is the largest that keeps the LMS" in found.reason
+    lost = halved(lambda lr: 0.1, lambda lr: 0.6)
+    assert lost.outcome == "none_keeps_lms" and "even the smallest, 0.001, does not keep the LMS" in lost.reason
+
+
+def test_halving_doubts_a_score_that_goes_up_and_down():
+    found = halved(lambda lr: 0.1 if 0.2 < lr < 1 else 0.5, lambda lr: 0.6 if lr < 10 else 0.2)
+    assert found.passes and "but the LMS goes up and down here: 0.2017 does not keep it, the larger 100 does" in found.reason
+    assert "up and down" not in halved(lambda lr: 0.5 if lr < 1 else 0.1, lambda lr: 0.6).reason
+
+
+def test_halving_says_that_the_precision_was_not_reached():
+    assert "precision=1e-05 was not reached" in halved(lambda lr: 0.5 if lr < 1.7 else 0.1, lambda lr: 0.6, precision=1e-5).reason
+    assert "not reached" not in halved(lambda lr: 0.5 if lr < 1.7 else 0.1, lambda lr: 0.6).reason
+
+
+def test_a_string_is_one_word_and_a_number_one_rate(parts):
+    model, objective, examples, gradiend = parts
+    run = lambda **options: quietly(gradiend, model, objective, examples, **{"lrs": [0.5], "target_class": "3SG", "lms_ratio": 0.0, **options})  # noqa: E731
+    assert run(eval_ignore="the").lms_tokens == run(eval_ignore=["the"]).lms_tokens < run().lms_tokens
+    assert "2" in set(run(targets={"3SG": ["he", "she"], "3PL": "they", "2": "was"}).frame["word_class"])
+    assert run(lrs=0.5, feature_factors=1.0).grid.keys() == run().grid.keys()
+    for wrong in ({"lrs": "0.5"}, {"feature_factors": "1"}, {"targets": {"3SG": ["he"], "3PL": ["they"], "2": []}}, {"targets": ["he"]}):
+        with pytest.raises(InputError, match=next(iter(wrong))): run(**wrong)
+
+
+def test_more_rows_and_texts_than_there_are(parts):
+    model, objective, examples, gradiend = parts
+    found = quietly(gradiend, model, objective, examples, lrs=[0.5], max_size=99, lms_max_size=99)
+    assert [note.split(":")[0] for note in found.notes] == ["max_size=99", "lms_max_size=99"] and "max_size=99" in repr(found)
+    assert not quietly(gradiend, model, objective, examples, lrs=[0.5], max_size=2, lms_max_size=2).notes
+
+
 def test_two_factors_have_two_borders(writing):
     model, objective, examples, gradiend = writing
     towards = gradiend.feature_factor_towards("3SG")
@@ -463,7 +522,7 @@ def test_a_choice_is_never_silent(writing):
 @pytest.mark.parametrize("wrong, message", [
     ({"search": "halving"}, "search="), ({"selector": "best"}, "best_metric"), ({"search": "bisect", "selector": "best_metric"}, "search='grid'"),
     ({"search": "bisect", "precision": 0.0}, "precision"), ({"part": "encoder"}, "part="), ({"feature_factors": [1.0]}, "sign of -1"), ({"targets": "row"}, "targets="),
-    ({"targets": {"3SG": ["he"]}}, "'3PL'"), ({"targets": {"3SG": ["he"], "3PL": "they"}}, "'3PL'"), ({"lms_max_size": 0}, "lms_max_size"), ({"target_class": []}, "target_class"),
+    ({"targets": {"3SG": ["he"]}}, "'3PL'"), ({"targets": {"3SG": ["he"], "3PL": []}}, "'3PL'"), ({"lms_max_size": 0}, "lms_max_size"), ({"target_class": []}, "target_class"),
 ])
 def test_more_wrong_input_is_named(parts, wrong, message):
     model, objective, examples, gradiend = parts

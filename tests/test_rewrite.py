@@ -8,7 +8,7 @@ from gradiend.delta import Delta, in_force, load_delta
 from gradiend.gradients.space import ParameterSpace
 from gradiend.model import GradiendConfig, GradiendModel
 from gradiend.output import foreign_files
-from gradiend.rewrite import RECORD, chosen_delta, chosen_key, load_rewrite_record, rewrite_for_classes, rewrite_model
+from gradiend.rewrite import RECORD, check_class_folders, chosen_delta, chosen_key, load_rewrite_record, rewrite_card, rewrite_for_classes, rewrite_model, rewrite_record
 from gradiend.zoo import model_fingerprint
 from tests.tiny import ARCHITECTURES, masked_model, tiny_model
 
@@ -140,7 +140,7 @@ def test_several_deltas_are_their_sum(tmp_path):
     together = rewrite_model(base, [a, b], output_dir=tmp_path / "out", tokenizer=words)
     assert same(state(together), state(rewrite_model(base, a + b)))
     assert load_rewrite_record(tmp_path / "out")["delta"]["note"]["sum_of"] == [{"why": "test"}, {"why": "test"}]
-    for wrong in ([], [a, 3], "delta"):
+    for wrong in ([], [a, 3], "delta", None):
         with pytest.raises(InputError, match="give one Delta"):
             rewrite_model(base, wrong)
 
@@ -259,3 +259,77 @@ def test_the_base_model_is_the_choice_of_last_resort(chosen):
     with pytest.warns(UserWarning, match="nothing was good enough"):
         model = rewrite_for_classes(gradiend, base, {"3SG": {**results["3SG"], "learning_rate": 0.0, "reason": "nothing was good enough"}})
     assert same(state(model), state(base))
+
+
+def test_nothing_to_change_is_an_error(tmp_path, chosen):
+    words, base, gradiend, results = chosen
+    with torch.no_grad():
+        for p in base.parameters():
+            p.fill_(1.0)  # beside a one, 1e-12 is rounded away
+    before, delta = state(base), make_delta(base)
+    for nothing, message in ((0 * delta, "zero everywhere"), (1e-12 * delta, "not one weight moves")):
+        for in_place in (False, True):
+            with pytest.raises(InputError, match=message):
+                rewrite_model(base, nothing, output_dir=tmp_path / "out", tokenizer=words, in_place=in_place)
+    none = {**results, "3PL": {**results["3PL"], "learning_rate": 0.0, "reason": "nothing kept the score"}}
+    with pytest.raises(InputError, match="nothing kept the score"):  # before the folder of the first class is written
+        rewrite_for_classes(gradiend, base, none, target_class=["3SG", "3PL"], output_dir=tmp_path / "out", tokenizer=words)
+    with pytest.warns(UserWarning, match="nothing kept the score"):
+        assert same(state(rewrite_for_classes(gradiend, base, none, target_class="3PL")), before)
+    assert list(tmp_path.iterdir()) == [] and same(state(base), before) and in_force(base) == ()
+
+
+def test_weights_that_were_trained_on_are_not_ours(tmp_path):
+    words, base = masked_model("bert", dtype=torch.float32)
+    out, delta = tmp_path / "out", make_delta(base)
+    changed = rewrite_model(base, delta, output_dir=out, tokenizer=words)
+    with torch.no_grad():
+        next(changed.parameters()).add_(1)
+    changed.save_pretrained(out)  # trained further, saved under the same names
+    trained = (out / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="model.safetensors"):
+        rewrite_model(base, delta, output_dir=out, tokenizer=words)
+    assert (out / "model.safetensors").read_bytes() == trained
+    loaded = AutoModelForMaskedLM.from_pretrained(out)
+    with pytest.raises(InputError, match="loaded from"):
+        rewrite_model(loaded, delta, output_dir=out, tokenizer=words, overwrite=True)
+    rewrite_model(base, delta, output_dir=out, tokenizer=words, overwrite=True)
+    assert (out / "model.safetensors.kept").read_bytes() == trained
+
+
+def test_an_edited_card_is_not_ours(tmp_path):
+    words, base = masked_model("bert", dtype=torch.float32)
+    for _ in range(2):  # untouched it is
+        rewrite_model(base, make_delta(base), output_dir=tmp_path / "out", tokenizer=words)
+    (tmp_path / "out" / "README.md").write_text("my own words")
+    with pytest.raises(InputError, match="README.md"):
+        rewrite_model(base, make_delta(base), output_dir=tmp_path / "out", tokenizer=words)
+
+
+def test_a_copy_keeps_no_old_values():
+    _, base = masked_model("bert", dtype=torch.float32)
+    delta = make_delta(base)
+    changed = rewrite_model(base, delta)
+    assert in_force(changed) == ()
+    with pytest.raises(InputError, match="not in force"):
+        delta.revert_(changed)
+
+
+def test_folders_of_classes_are_looked_at_beforehand(tmp_path):
+    (tmp_path / "3PL").mkdir()
+    (tmp_path / "3PL" / "mine.txt").write_text("x")
+    check_class_folders(tmp_path, ["3SG"])  # the parent need not be ours
+    check_class_folders(tmp_path, ["3PL"], False)  # 3PL_weaken
+    check_class_folders(tmp_path, ["3SG", "3PL"], overwrite=True)
+    for wanted in (["3SG", "3PL"], "3PL"):
+        with pytest.raises(InputError, match="mine.txt"):
+            check_class_folders(tmp_path, wanted)
+    with pytest.raises(InputError, match="same folder"):
+        check_class_folders(tmp_path, ["a b", "a_b"])
+
+
+def test_card_without_a_name():
+    _, base = masked_model("bert", dtype=torch.float32)
+    record = rewrite_record(base, make_delta(base))
+    record["base_model"]["name"] = ""
+    assert "weights of the base model a direction" in rewrite_card(record)

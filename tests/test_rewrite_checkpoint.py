@@ -258,3 +258,66 @@ def test_ten_shards_take_the_memory_of_one_at_most(tmp_path):
     assert used <= max(shards) + 4e6
     model = type(large).from_pretrained(tmp_path / "out")
     assert same(model, rewrite_model(large, Delta.from_pretrained(tmp_path / "large-delta"), in_place=True))
+
+
+def sparse_checkpoint(folder, config, numbers="BF16"):
+    "A checkpoint of zeros that takes no room on the disk until it is copied."
+    with torch.device("meta"):
+        model = transformers.GPT2LMHeadModel(config)
+    header, end = {}, 0
+    for name, p in model.named_parameters():
+        header[name] = {"dtype": numbers, "shape": list(p.shape), "data_offsets": [end, end := end + 2 * p.numel()]}
+    config.architectures = ["GPT2LMHeadModel"]
+    config.save_pretrained(folder)
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return model
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_one_large_file_takes_the_memory_of_a_piece(tmp_path):
+    model = sparse_checkpoint(tmp_path / "large", transformers.GPT2Config(vocab_size=750_000, n_positions=64, n_embd=64, n_layer=1, n_head=2))
+    name = "transformer.h.0.mlp.c_fc.weight"
+    space = ParameterSpace.from_global((name,), (tuple(dict(model.named_parameters())[name].shape),), None)
+    note = {"base_model": {"name": "x", "fingerprint": "0" * 16}}  # so that it is read a second time, as float32
+    Delta(space, torch.full((space.n,), 0.01), note).save_pretrained(tmp_path / "large-delta")
+    _, small = tiny_model("gpt2", dtype=torch.float32)
+    small.save_pretrained(tmp_path / "small")
+    delta_for(small).save_pretrained(tmp_path / "small-delta")
+    done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    size, used = (tmp_path / "large" / "model.safetensors").stat().st_size, json.loads(done.stdout.splitlines()[-1])
+    print(f"peak {used / 1e6:.1f} MB above the start; one file of {size / 1e6:.1f} MB")
+    assert size > 95e6 and used < 30e6
+    (tmp_path / "out" / "model.safetensors").unlink()
+
+
+def test_the_single_file_is_taken_where_an_index_lies_beside_it(tmp_path):
+    words, model = saved(tmp_path)
+    model.save_pretrained(tmp_path / "base", max_shard_size="1GB")
+    other = tiny_model("bert", dtype=torch.float32)[1]
+    with torch.no_grad():
+        for p in other.parameters():
+            p.fill_(3.0)
+    other.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    for file in (tmp_path / "shards").glob("model*"):
+        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    rewrite_checkpoint(tmp_path / "base", delta_for(model), tmp_path / "out")
+    assert same(load(tmp_path / "base", model), model)
+    assert same(load(tmp_path / "out", model), rewrite_model(model, delta_for(model)))
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_several_deltas_and_deltas_that_change_nothing(tmp_path):
+    _, model = saved(tmp_path)
+    a, b = delta_for(model), delta_for(model, every=5, seed=1)
+    rewrite_checkpoint(tmp_path / "base", [a, b], tmp_path / "out")
+    assert same(load(tmp_path / "out", model), rewrite_model(model, [a, b]))
+    norms = ParameterSpace.from_model(model, "*LayerNorm.weight")  # ones
+    for nothing, message in ((0 * a, "zero everywhere"), (Delta(norms, torch.full((norms.n,), 1e-12)), "not one weight moves"), (None, "give one Delta")):
+        with pytest.raises(InputError, match=message):
+            rewrite_checkpoint(tmp_path / "base", nothing, tmp_path / "none")
+    assert not (tmp_path / "none").exists()

@@ -5,6 +5,7 @@ import warnings
 import pandas as pd
 import pytest
 import torch
+from tokenizers import processors
 
 from gradiend.core import InputError
 from gradiend.data.examples import make_examples
@@ -134,3 +135,37 @@ def test_a_faint_rewrite_warns():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         verify_rewrite(base, delta_for(base), objective, examples, lms_texts=SENTENCES)
+
+
+def test_a_text_longer_than_the_model():
+    for kind in ("bert", "roberta", "gpt2", "t5"):
+        words, base, objective, _ = setting(kind)
+        long = "The drummers lost the beat. " * 60 + "Anna said that [MASK] was tired." + " The baker was late." * 60
+        found = top_words(base, words, long, count=3)
+        assert len(found) == 3 and found[0][1] > 0
+        if kind == "gpt2":  # what is kept is the end of the left side
+            ids = words("The drummers lost the beat. " * 60 + "Anna said that")["input_ids"][-objective.max_length:]
+            p = base(input_ids=torch.tensor([ids])).logits[0, -1].detach().softmax(-1)
+            assert found[0][1] == pytest.approx(float(p.max()), rel=1e-4)
+        if kind == "bert":
+            ids = words(long.replace("[MASK]", words.mask_token), verbose=False)["input_ids"]
+            at = ids.index(words.mask_token_id)
+            room = objective.max_length - 3
+            kept = [ids[0], *ids[at - room // 2:at], ids[at], *ids[at + 1:at + 1 + room - room // 2], ids[-1]]
+            p = base(input_ids=torch.tensor([kept])).logits[0, 1 + room // 2].detach().softmax(-1)
+            assert found[0][1] == pytest.approx(float(p.max()), rel=1e-4)
+
+
+def test_a_tokenizer_that_appends_an_end_token():
+    words, base, _, _ = setting("gpt2")
+    ending = copy.deepcopy(words)
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {words.eos_token}", special_tokens=[(words.eos_token, words.eos_token_id)])
+    assert ending("Anna")["input_ids"][-1] == words.eos_token_id
+    for text in ("Anna said that [MASK] was tired.", "[MASK] was tired."):
+        assert top_words(base, ending, text) == top_words(base, words, text)
+
+
+def test_one_sentence_is_a_sentence():
+    _, base, objective, examples = setting()
+    report = verify_rewrite(base, delta_for(base), objective, examples, lms_texts=SENTENCES, sentences="Anna said that [MASK] was tired.")
+    assert report.sentences["text"].tolist() == ["Anna said that [MASK] was tired."]

@@ -73,6 +73,28 @@ def test_the_choice_is_one_vertical_line_and_the_threshold_one_horizontal(name):
     assert f"chosen: {chosen.learning_rate:.3g}" in written and f"LMS needed:\n{result.lms_ratio:g} of base" in written
 
 
+@pytest.mark.parametrize("lrs", [(1e-9, 1e9), (1e-9, 1.0, 1e9), (1e-6, 1.0), (1e-4, 1e4), tuple(10.0 ** p for p in range(-12, 13)), (0.001, 100.0)])
+@pytest.mark.parametrize("own", [False, True])
+def test_ticks_of_strengths_never_overlap(lrs, own):
+    ax = plot_probability_shifts(evaluated(lrs=lrs), ax=plt.subplots(figsize=(5.5, 2.8), layout="constrained")[1] if own else None).figure.axes[-1]
+    ax.figure.canvas.draw()
+    boxes = sorted((tick.get_window_extent() for tick in ax.get_xticklabels() if tick.get_text()), key=lambda box: box.x0)
+    assert len(boxes) >= 3 and all(left.x1 + 1 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
+def test_rates_between_which_nothing_was_measured_are_joined_by_dots():
+    ax = plot_probability_shifts(evaluated(lrs=(0.001, 100.0, 0.316, 5.62)), ax=plt.subplots()[1])
+    dotted = {tuple(line.get_xdata()) for line in ax.lines if line.get_linestyle() != "-" and len(set(line.get_xdata())) == 2 and 1 not in line.get_xdata()}
+    assert dotted == {(0.001, 0.316), (0.316, 5.62), (5.62, 100.0)}
+    assert all(len(dots.get_offsets()) for dots in ax.collections[:1])
+
+
+def test_the_drawn_feature_factor_is_named():
+    result = evaluated(factors=(0.5, 1.0))
+    assert plot_probability_shifts(result).figure.axes[-1].get_xlabel().endswith(f"feature factor {result['3SG'].feature_factor:g} of 0.5, 1")
+    assert "factor" not in plot_probability_shifts(evaluated()).figure.axes[-1].get_xlabel()
+
+
 def test_if_nothing_is_chosen_the_figure_says_so():
     ax = plot_probability_shifts(evaluated(keeps=False))
     assert "the base stays" in [text.get_text() for text in ax.texts] and "the base model stays" in ax.get_title(loc="left")

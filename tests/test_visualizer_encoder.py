@@ -157,6 +157,18 @@ def test_the_worst_rows_are_the_farthest_from_their_labels():
     assert plot_encoder_scatter(frame, worst=0).get_xlabel() == "encoded value h"
 
 
+def test_names_of_a_scatter_lie_beside_the_panel():
+    "No name covers a dot or the line at -1; a title says the correlation; a class alone keeps its colour."
+    for y in (None, "class_mean"):
+        ax = plot_encoder_scatter(table(n=60), y=y, worst=0)
+        ax.figure.canvas.draw()
+        panel = ax.get_window_extent()
+        assert len(ax.texts) == 4 and all(text.get_window_extent().x0 >= panel.x1 for text in ax.texts)
+        assert ax.get_title(loc="left").startswith("Correlation")
+        alone = plot_encoder_scatter(table(n=60).query("label == -1"), y=y, worst=0)
+        assert {t.get_text(): t.get_color() for t in alone.texts}["3PL"] == {t.get_text(): t.get_color() for t in ax.texts}["3PL"]
+
+
 @pytest.mark.parametrize("masked", ["[MASK]", "[MASK] " + "a" * 200, "b" * 200 + " [MASK]", "x" * 90 + " [MASK] " + "y" * 90, "no placeholder"])
 def test_snippets_fit_one_line(masked):
     line = snippet(pd.Series({"masked": masked, "factual": "he", "alternative": "they"}))

@@ -94,7 +94,7 @@ def encoder_frame(
     for i, name in enumerate(names): columns[name if names.count(name) == 1 else f"{name}_{names[:i].count(name)}"] = h[:, k + i]
     return table.assign(**columns)
 
-# %% ../../nbs/60_evaluator.encoder.ipynb #34791e77
+# %% ../../nbs/60_evaluator.encoder.ipynb #cd4faf54
 @dataclass(frozen=True, eq=False)
 class EncoderResult(EncodingKeys):
     "What `evaluate_encoder` found: a table of encodings, and the numbers computed from it."
@@ -105,6 +105,8 @@ class EncoderResult(EncodingKeys):
     source: str
     split: str
     notes: tuple[str, ...] = ()  # what was asked for and could not be had
+    bootstrap: int = 1000  # samples behind all intervals, those by word and by split included; 0: none
+    seed: int = 0  # of these samples
 
     @property
     def correlation(self) -> float:
@@ -156,7 +158,7 @@ def describe(result: EncoderResult) -> str:
     return (f"EncoderResult({result.n_samples} rows of split {result.split}: correlation {result.correlation:.3f}{interval}"
             f"{' (' + ', '.join(controls) + ')' if controls else ''}, accuracy {result.accuracy:.3f}, means {means}{notes})")
 
-# %% ../../nbs/60_evaluator.encoder.ipynb #40f9b46c
+# %% ../../nbs/60_evaluator.encoder.ipynb #da5a761b
 def _judged_controls(rows: pd.DataFrame, names: Sequence[str], seed: int, samples: int) -> dict[str, dict[str, float]]:
     "What each control reaches on the training rows."
     labels, found = rows["label"].to_numpy(float), dict[str, dict[str, float]]()
@@ -189,7 +191,7 @@ def summarise_encodings(
         warnings.warn(f"the correlation is undefined: the {len(rows)} rows of split {split!r} have one label only, "
                       "or all the same encoding", stacklevel=3)
     return EncoderResult(frame=frame, metrics=metrics, controls=_judged_controls(rows, controls, seed, bootstrap), pair=pair, source=source,
-                         split=split, notes=tuple(notes))
+                         split=split, notes=tuple(notes), bootstrap=bootstrap, seed=seed)
 
 # %% ../../nbs/60_evaluator.encoder.ipynb #5debe24a
 @dataclass(frozen=True, eq=False)

@@ -12,44 +12,50 @@ from dataclasses import dataclass
 
 from ..core import InputError
 
-# %% ../../nbs/60_evaluator.search.ipynb #ad74be31
+# %% ../../nbs/60_evaluator.search.ipynb #9b24448a
 @dataclass(frozen=True)
 class Bracket:
     "Where the border was found."
-    keeps: float # the largest strength that was seen to be harmless below the border; 0.0: none was
-    fails: float # the smallest one above it that was seen to be harmful; infinite: none was
-    tried: tuple[tuple[float, bool], ...] # every strength that was tried, in that order, and whether it was harmless
+    keeps: float # the largest strength below the border that was seen to pass; 0.0: none was
+    fails: float # the smallest one above it that was seen not to; infinite: none was
+    tried: tuple[tuple[float, bool | None], ...] # every strength that was tried, in that order, and the answer
 
     @property
     def precision(self) -> float:
         "By how much the border may lie above `keeps`, as a share of it; infinite if one side is open."
         return self.fails / self.keeps - 1 if self.keeps > 0 else math.inf
 
-# %% ../../nbs/60_evaluator.search.ipynb #f4afeca8
+# %% ../../nbs/60_evaluator.search.ipynb #10c7625b
+def _next_gap(answers: dict[float, bool | None], low: float, high: float) -> tuple[float, float]:
+    "Two neighbouring strengths between which the next measurement belongs."
+    good = [s for s, answer in answers.items() if answer]
+    if good: return max(good), min([s for s in answers if s > max(good)], default=high)
+    above = min([s for s, answer in answers.items() if answer is False], default=high)
+    points = sorted({low, above, *(s for s in answers if s < above)})
+    return max(zip(points, points[1:], strict=False), key=lambda gap: round(math.log(gap[1] / gap[0]), 9), default=(low, low))
+
+
 def bisect(
-    harmless: Callable[[float], bool], # measures a strength
+    passes: Callable[[float], bool | None], # measures a strength: good, harmful (False), or harmless without any use (None)
     low: float, # smallest strength of interest, above 0
     high: float, # largest strength of interest
     *,
     precision: float = 0.05, # stop when the border is known to this share
     limit: int = 12, # measurements at most
 ) -> Bracket:
-    "Find the border between harmless and harmful strengths by halving on a logarithmic scale."
+    "Find the border between strengths that pass and larger ones that do not, by halving on a logarithmic scale."
     if not 0 < low <= high < math.inf:
         raise InputError(f"low={low}, high={high}: give two strengths above 0, the smaller one first")
     if not 0 < precision < math.inf or limit < 2:
         raise InputError(f"precision={precision}, limit={limit}: the precision must be above 0, and at least 2 measurements are needed")
-    tried: list[tuple[float, bool]] = []
-
-    def keeps(strength: float) -> bool:
-        tried.append((strength, harmless(strength)))
-        return tried[-1][1]
-
-    if keeps(high): return Bracket(high, math.inf, tuple(tried))
-    below, above = low, high
-    while above / below - 1 > precision and len(tried) < limit - (below == low):  # the lower bound may still have to be tried
+    answers = {high: passes(high)}
+    if answers[high]: return Bracket(high, math.inf, ((high, True),))
+    while True:
+        none = not any(answers.values())
+        below, above = _next_gap(answers, low, high)
+        if above / below - 1 <= precision or len(answers) >= limit - none: break  # the lower bound may still have to be tried
         middle = math.sqrt(below * above)
-        if keeps(middle): below = middle
-        else: above = middle
-    if below == low and low < high and not keeps(low): return Bracket(0.0, low, tuple(tried))
-    return Bracket(below if low < high else 0.0, above, tuple(tried))
+        answers[middle] = passes(middle)
+    if none and low not in answers: answers[low] = passes(low)
+    keeps = max([s for s, answer in answers.items() if answer], default=0.0)
+    return Bracket(keeps, min(s for s in answers if s > keeps), tuple(answers.items()))

@@ -152,24 +152,26 @@ class SpreadKeys(Readable):
         "Mean encoding of the training rows by the word that was encoded."
         return {str(name): mean for name, mean in _means(training_rows(self.frame), "source_word").items()}
 
-# %% ../../nbs/59_evaluator.summaries.ipynb #06fca910
+# %% ../../nbs/59_evaluator.summaries.ipynb #e17f516e
 class PartKeys(SpreadKeys):
     "The keys that compare parts of the rows: splits, words, words that training has seen with words that it has not."
+    bootstrap: int = 1000 # samples behind the intervals; 0 leaves them out
+    seed: int = 0 # of the draws
 
     @cached_property
     def by_split(self) -> pd.DataFrame:
         "The metrics of each split."
-        return metrics_by(self.frame, "split")
+        return metrics_by(self.frame, "split", samples=self.bootstrap, seed=self.seed)
 
     @cached_property
     def by_target(self) -> pd.DataFrame:
         "Mean encoding, its interval and the accuracy of each target word."
-        return metrics_by_target(self.frame)
+        return metrics_by_target(self.frame, samples=self.bootstrap, seed=self.seed)
 
     @cached_property
     def generalisation(self) -> pd.DataFrame:
         "The metrics for words that training has seen, for held-out words, and the gap between them."
-        return generalisation(self.frame)
+        return generalisation(self.frame, samples=self.bootstrap, seed=self.seed)
 
     @property
     def split_generalization(self) -> dict[str, dict[str, float]]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainerMaterial', 'TrainerTraining', 'TrainerEvaluation', 'TextPredictionTrainer']
 
-# %% ../../nbs/85_trainer.text.ipynb #fc8154f4
+# %% ../../nbs/85_trainer.text.ipynb #531934ac
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..gradients.objectives import Objective
 from ..gradients.space import ParameterSpace
 from ..model import GradiendModel
 from ..pruning import PostPruneConfig, PrePruneConfig
-from ..rewrite import chosen_delta, chosen_key, rewrite_for_classes
+from ..rewrite import check_class_folders, chosen_delta, chosen_key, rewrite_for_classes
 from .arguments import TrainingArguments
 from .multiseed import MultiSeedView
 from .optimisation import LRSearchConfig
@@ -184,7 +184,7 @@ class TrainerEvaluation(TrainerTraining):
         models = {report.runs[i].seed: post_pruned(report.models[i], self.args) for i in selected(report, selection)}
         return MultiSeedView(models, {"evaluate_encoder": self._encoder_result, "evaluate_decoder": self._decoder_result})
 
-# %% ../../nbs/85_trainer.text.ipynb #eec8f7be
+# %% ../../nbs/85_trainer.text.ipynb #5ea41313
 class TextPredictionTrainer(TrainerEvaluation):
     "The workflow of the paper (sections 3.2 to 3.4) behind one object: train, evaluate, rewrite."
 
@@ -213,6 +213,7 @@ class TextPredictionTrainer(TrainerEvaluation):
         "A changed copy of the base model that favours a class (several classes: a list of copies); saved with its tokenizer if `output_dir` is given (paper, section 3.4)."
         if decoder_results is None:
             if target_class is None: raise InputError(f"target_class: say which class to strengthen, one of {', '.join(self.examples.pair)}")
+            if output_dir is not None: check_class_folders(output_dir, target_class, increase_target_probabilities, overwrite=overwrite)
             decoder_results = self.evaluate_decoder(target_class=target_class, increase_target_probabilities=increase_target_probabilities)  # type: ignore[arg-type]
         return rewrite_for_classes(self.get_model(), self.base_model, decoder_results, target_class=target_class, increase_target_probabilities=increase_target_probabilities,
                                    output_dir=output_dir, tokenizer=self.tokenizer, overwrite=overwrite)

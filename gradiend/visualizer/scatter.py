@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['worst_rows', 'snippet', 'plot_encoder_scatter']
 
-# %% ../../nbs/81_visualizer.scatter.ipynb #5d7ea966
+# %% ../../nbs/81_visualizer.scatter.ipynb #c63e52fa
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,16 @@ import pandas as pd
 
 from ..core import InputError
 from .encoder import COLUMNS
+from .encoder import class_colours
+from .encoder import correlation_title
 from .encoder import encoder_groups
 from .style import INK
-from .style import NEUTRAL
-from .style import PALETTE
 from .style import HasFrame
 from .style import as_frame
 from .style import finish
+from .style import label_ends
 from .style import new_axes
 from .style import quiet
-from .style import spread
 
 # %% ../../nbs/81_visualizer.scatter.ipynb #78eb89a6
 def worst_rows(
@@ -53,7 +53,7 @@ def snippet(
     right = after if len(after) <= rest else after[:rest - 1] + "…"
     return f"{left}[{words}]{right}".replace("\n", " ").replace("$", r"\$")
 
-# %% ../../nbs/81_visualizer.scatter.ipynb #b9dc339c
+# %% ../../nbs/81_visualizer.scatter.ipynb #f26b70a2
 def _bands(frame: pd.DataFrame, groups: list[tuple[str, float, np.ndarray]], column: str, numbered: pd.Index) -> np.ndarray:
     """Height of each row without `y`: its group's band, scattered; rows with a number keep their distance from each other."""
     names = [name for name, _, _ in groups]
@@ -62,14 +62,6 @@ def _bands(frame: pd.DataFrame, groups: list[tuple[str, float, np.ndarray]], col
     places = np.linspace(0.3, -0.36, max(len(numbered), 2))
     for i, row in enumerate(numbered): heights[row] = band[row] + places[i]
     return heights
-
-
-def _name_clouds(ax: Any, middles: list[tuple[float, float, str, str]]) -> None:
-    """Write each name `(x, y, name, colour)` on its cloud, moved apart where clouds have the same height."""
-    low, high = ax.get_ylim()
-    moved = spread([middle[1] for middle in middles], 0.075 * (high - low))
-    for (x, _, name, colour), y in zip(middles, moved, strict=True):
-        ax.text(x, y, name, fontsize=9, color=colour, fontweight="bold", ha="center", va="center", bbox={"color": "white", "pad": 0.6, "alpha": 0.85})
 
 
 def _number_rows(ax: Any, frame: pd.DataFrame, worst: pd.DataFrame, heights: pd.Series, mask: str) -> str:
@@ -82,7 +74,7 @@ def _number_rows(ax: Any, frame: pd.DataFrame, worst: pd.DataFrame, heights: pd.
         lines.append(f"{number}  {row['encoded']:+.2f}  {snippet(row, mask=mask)}" if "masked" in frame.columns else f"{number}  {row['encoded']:+.2f}")
     return "\n".join(lines)
 
-# %% ../../nbs/81_visualizer.scatter.ipynb #f69b2980
+# %% ../../nbs/81_visualizer.scatter.ipynb #7b705cde
 def plot_encoder_scatter(
     result: "HasFrame | pd.DataFrame",  # EncoderResult, or its table with source_class, label, encoded
     *,
@@ -99,23 +91,21 @@ def plot_encoder_scatter(
         raise InputError(f"y={y!r} is no column of numbers; the table has {', '.join(numbers)}")
     groups, column = encoder_groups(frame), "group" if "group" in frame.columns else "source_class"
     if ax is None: ax = new_axes()[0][0]
+    colours = class_colours(groups)
     wrong = worst_rows(frame, worst)
     heights = pd.Series(_bands(frame, groups, column, wrong.index) if y is None else frame[y].to_numpy(float), index=frame.index)
-    classes, middles = [name for name, label, _ in groups if label != 0], []
-    for name, label, _ in groups:
+    middles: list[tuple[str, float, str]] = []
+    for i, (name, _, _) in enumerate(reversed(groups)):
         own = (frame[column].astype(str) == name).to_numpy()
-        colour = PALETTE[classes.index(name) % len(PALETTE)] if label else NEUTRAL
-        ax.scatter(frame["encoded"][own], heights[own], s=10, color=colour, alpha=0.6, linewidth=0)
-        middles.append((float(frame["encoded"][own].median()), float(heights[own].median()), name, colour))
-    if y is not None: _name_clouds(ax, middles)
+        ax.scatter(frame["encoded"][own], heights[own], s=10, color=colours[name], alpha=0.6, linewidth=0)
+        middles.append((name, float(heights[own].median()) if y is not None else float(i), colours[name]))
     text = _number_rows(ax, frame, wrong, heights, mask) if worst else ""
     for line in (-1, 0, 1): ax.axvline(line, color="#8A8A8A", linewidth=1.0, linestyle=(0, (4, 3)), zorder=0.9)
-    quiet(ax, grid="x" if y is None else "both", xlabel="encoded value h", ylabel=y.replace("_", " ") if y else "")
+    quiet(ax, grid="x" if y is None else "both", title=correlation_title(frame, result), xlabel="encoded value h", ylabel=y.replace("_", " ") if y else "")
     if text: ax.set_xlabel("encoded value h\n" + text, fontsize=7.5, loc="left")
     if y is None:
         ax.set_yticks([])
         ax.spines["left"].set_visible(False)
         ax.set_ylim(-0.55, len(groups) - 0.3)
-        for i, (_, _, name, colour) in enumerate(reversed(middles)):  # inside the panel, so that long names take no room from it
-            ax.text(0.0, i + 0.42, name, transform=ax.get_yaxis_transform(), fontsize=9, color=colour, fontweight="bold", va="center", bbox={"color": "white", "pad": 0.6, "alpha": 0.85})
+    label_ends(ax, *map(list, zip(*middles, strict=True)))  # beside the panel, where they cover no dot and no line
     return finish(ax, output)
