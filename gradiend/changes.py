@@ -68,7 +68,7 @@ def check_values(space: ParameterSpace, values: Tensor) -> None:
         raise InputError(f"values: a change needs {space.n:,} finite numbers, but {int((~finite).sum()):,} of them are not, first "
                          f"{values[first].item()} for {name!r} at {coordinates}; look for a training that diverged or a learning rate that is too large")
 
-# %% ../nbs/45_changes.ipynb #da2a50fb
+# %% ../nbs/45_changes.ipynb #6a3469a0
 def plain_number(
     argument: str, # Name of the argument, for the message
     value: Any, # A number of Python or numpy, or a tensor with one element
@@ -79,7 +79,7 @@ def plain_number(
     except (TypeError, ValueError, RuntimeError): pass  # the message below says it better
     raise InputError(f"{argument}={value!r} is no number: give one such as 0.5")
 
-
+# %% ../nbs/45_changes.ipynb #7368f264
 @dataclass(frozen=True, eq=False)
 class WeightChange:
     "One number for each entry of a parameter space: a vector in weight space that knows which weights it speaks of."
