@@ -21,7 +21,7 @@ from .configuration import CreatorSettings, Request, check_size, configuration_o
 from .exclusion import excluding, is_used, used_texts, without_tags
 from .filters import Matcher
 from .output import Report, TrainingData, save_created, stored_part, write_part
-from .splits import SPLITS, assign_splits, balance_rows, check_ratios, split_rows  # noqa: F401
+from .splits import SPLITS, balance_rows, check_ratios, split_rows
 from .tables import write_table
 from .tags import SpacyTagSpec
 from .text import content_hash, near_key, near_repeats

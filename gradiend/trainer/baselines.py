@@ -7,7 +7,6 @@ __all__ = ['LEVEL', 'ClassMeans', 'class_means', 'mean_difference_model', 'fit_m
 
 # %% ../../nbs/54_trainer.baselines.ipynb #50e5644b
 import math
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from .arguments import TrainingArguments
 from .batches import gradient_stream, GradientStream, validation_encoder
 from .records import evaluation_point, TrainingRun, verdict
 from .reports import training_info
+from .seeds import validation_rows
 
 # %% ../../nbs/54_trainer.baselines.ipynb #fbd60e71
 @dataclass(frozen=True, eq=False)
@@ -88,9 +88,8 @@ def fit_mean_difference(
     "The baseline without training, judged on the validation rows. Raises InputError for an architecture that it cannot have."
     means = class_means(gradient_stream(model, objective, examples.select("train"), space, args, folder=folder), progress=progress)
     fitted = mean_difference_model(means, space, config)
-    rows = "validation" if (examples.frame["split"] == "validation").any() else "train"
-    if rows == "train": warnings.warn("the examples have no validation rows: the baseline is judged on the training rows", UserWarning, stacklevel=2)
-    (encodings, labels), = validation_encoder(model, objective, examples.select(rows), args, folder=folder)([fitted])
+    rows = validation_rows(examples, "the baseline is judged", stacklevel=3)
+    (encodings, labels), = validation_encoder(model, objective, rows, args, folder=folder)([fitted])
     point = evaluation_point(means.batches, encodings, labels, config.pair)
     if point.correlation < 0: reason = (False, f"correlation {point.correlation:.3f} is negative")
     else: reason = verdict(point, args)

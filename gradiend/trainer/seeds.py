@@ -36,10 +36,15 @@ def _check_config(config: GradiendConfig, args: TrainingArguments) -> None:
         if ours != theirs: raise InputError(f"config.{name}={ours!r} contradicts args.{name}={theirs!r}: make them equal")
 
 
-def validation_rows(examples: Examples) -> Examples:
+def validation_rows(
+    examples: Examples,
+    decision: str = "the best step is chosen", # What rests on these rows, for the warning
+    *,
+    stacklevel: int = 5,
+) -> Examples:
     "The validation rows; the training rows, with a warning, if there are none."
     if (examples.frame["split"] == "validation").any(): return examples.select("validation")
-    warnings.warn("the examples have no validation rows: the best step is chosen on the training rows", UserWarning, stacklevel=5)
+    warnings.warn(f"the examples have no validation rows: {decision} on the training rows", UserWarning, stacklevel=stacklevel)
     return examples.select("train")
 
 # %% ../../nbs/52_trainer.seeds.ipynb #7e4f776e

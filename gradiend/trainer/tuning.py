@@ -9,7 +9,6 @@ __all__ = ['OUTCOMES', 'TOO_LOW', 'rate_grid', 'probe_arguments', 'probe_rates',
 
 # %% ../../nbs/54_trainer.tuning.ipynb #66aa9964
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -29,6 +28,7 @@ from .batches import Evaluate, gradient_stream, GradientBatch, GradientStream, v
 from .loop import fit
 from .optimisation import LRSearchConfig
 from .records import TrainingRun, verdict
+from .seeds import validation_rows
 
 # %% ../../nbs/54_trainer.tuning.ipynb #d6b3a760
 def rate_grid(
@@ -261,7 +261,6 @@ def search_learning_rate(
     plain = replace(args, learning_rate=1e-5, lr_search_config=None)
     stream = gradient_stream(model, objective, examples.select("train"), space, replace(plain, max_steps=search.probe_steps), folder=folder)
     probing = probe_arguments(plain, search, plain.steps(stream.epoch_length))
-    rows = "validation" if (examples.frame["split"] == "validation").any() else "train"
-    if rows == "train": warnings.warn("the examples have no validation rows: the learning rate is chosen on the training rows", UserWarning, stacklevel=2)
-    evaluate = validation_encoder(model, objective, examples.select(rows), probing, folder=folder)
+    rows = validation_rows(examples, "the learning rate is chosen", stacklevel=3)
+    evaluate = validation_encoder(model, objective, rows, probing, folder=folder)
     return search_rates(lambda seed: GradiendModel.create(space, config, seed=seed), _kept(stream, probing, progress=progress), evaluate, probing, search, progress=progress)
