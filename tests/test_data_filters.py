@@ -128,7 +128,7 @@ def slowly(text, filters):
     def alone(i, j):
         before, after = plain[:i], plain[j:]
         left = plain[i] in "'-" or not (before and word(before[-1]) or len(before) > 1 and before[-1] in "'-" and word(before[-2]))
-        if after and after[0] in "+#" and word(plain[j - 1]): return False
+        if after and after[0] in "+#" and (word(plain[j - 1]) or plain[j - 1] in "+#"): return False
         right = plain[j - 1] in "'-" or not (after and word(after[0]) or len(after) > 1 and after[0] in "'-" and word(after[1]))
         return left and right
     found, i = [], 0
@@ -147,6 +147,7 @@ def every_target(): return [TextFilterConfig(w) for w in TARGETS]
 
 @settings(max_examples=250, deadline=None)
 @example(every_target(), "New York2 and C++ or C, New Yorkers, it's John's x y z y")
+@example(every_target(), "C+++ C++ C## C#+ C+")
 @example(every_target(), "e\u0301te\u0301s th\u00adey it\u200b u\u0308ber  New\n\nYork ’s")
 @given(st.one_of(descriptions(), st.builds(every_target)), st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
 def test_automaton_expression_and_slow_search_agree(filters, text):
