@@ -189,6 +189,17 @@ def test_gradients_from_a_store_change_nothing_about_it(tmp_path):
     assert everything(train(tmp_path / "broken", args, resume=True)) == whole and any((tmp_path / "broken" / GRADIENTS).iterdir())
 
 
+@pytest.mark.parametrize("asked, stays", [("auto", False), (True, True)])
+def test_kept_gradients_go_with_the_finished_run_unless_asked_for(tmp_path, asked, stays):
+    there = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs): there.append((tmp_path / GRADIENTS).is_dir())
+
+    report = train(tmp_path, replace(ARGS, cache_gradients=asked), [Look()])
+    assert report.complete and all(there) and (tmp_path / GRADIENTS).exists() == stays
+
+
 def test_ctrl_c_returns_what_there_is_and_can_be_resumed(tmp_path, reference):
     class Interrupt(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -323,6 +323,14 @@ def test_evaluations_happen_when_they_are_due(options, steps):
     if not steps: assert torch.equal(model.encoder_weight, last[0].encoder_weight) and run.best_step == 12 and not run.converged
 
 
+@pytest.fixture
+def ctrl_c():
+    "Ctrl-C as at a terminal; a shell switches it off for what it runs in the background."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Interrupting(list):
     "A stream that gets a signal in the middle of computing a batch."
     def __init__(self, batches, at): super().__init__(batches); self.at = at
@@ -334,7 +342,7 @@ class Interrupting(list):
             yield self[i]
 
 
-def test_ctrl_c_saves_warns_and_returns_and_the_rest_gives_the_same_bits():
+def test_ctrl_c_saves_warns_and_returns_and_the_rest_gives_the_same_bits(ctrl_c):
     _, _, space, models = setting(seeds=2)
     batches, states = made_up(space.n, 30), []
     args = TrainingArguments(learning_rate=3e-3, max_steps=30, eval_steps=10)
@@ -347,14 +355,14 @@ def test_ctrl_c_saves_warns_and_returns_and_the_rest_gives_the_same_bits():
     with pytest.raises(KeyboardInterrupt): fit(models, Interrupting(batches, 0), encoder_on(batches), args, progress=False)
 
 
-def test_ctrl_c_before_the_first_evaluation_returns_the_last_step():
+def test_ctrl_c_before_the_first_evaluation_returns_the_last_step(ctrl_c):
     _, _, space, models = setting(seeds=1)
     with pytest.warns(UserWarning, match="interrupted after step 11"):
         _, run = fit(models, Interrupting(made_up(space.n, 30), 11), encoder_on(made_up(space.n, 30)), TrainingArguments(max_steps=30), progress=False)[0]
     assert run.best_step == 11 and "stopped before the first evaluation" in run.reason and len(run.losses) == 11
 
 
-def test_a_signal_during_a_step_waits_for_its_end():
+def test_a_signal_during_a_step_waits_for_its_end(ctrl_c):
     _, _, space, models = setting(seeds=3)
     args = TrainingArguments(max_steps=3, learning_rate=3e-3)
     training = Training(models, 1.0, args, [0, 1, 2], None, torch.device("cpu"))

@@ -93,7 +93,7 @@ def _check_network(a: ModelArguments) -> None:
             raise TypeError(f"{name}={value!r} must be a {kind.__name__} or None")
     check_rate("gradient_scale", a.gradient_scale, "auto")
 
-# %% ../../nbs/50_trainer.arguments.ipynb #2abaec19
+# %% ../../nbs/50_trainer.arguments.ipynb #9d2008cc
 @dataclass(frozen=True, kw_only=True)
 class OptimiserArguments:
     "How the small network is trained: solver, batches, steps, optimiser."
@@ -118,7 +118,7 @@ class OptimiserArguments:
     warmup_steps: int = 0 # Steps over which the rate rises from 0
     warmup_ratio: float = 0.0 # The same as a share of all steps; `warmup_steps` goes first
     max_grad_norm: float | None = None # Largest norm of the gradient of the small network; None: not clipped
-    cache_gradients: bool | Literal["auto"] = "auto" # Whether gradients are kept for later epochs; "auto": if they fit the budget and are needed again
+    cache_gradients: bool | Literal["auto"] = "auto" # Whether gradients are kept for later epochs; "auto": if they fit the budget and are needed again, until the run is complete
     cache_gradients_gb: float = 2.0 # Budget of the kept gradients in gigabytes
 
 # %% ../../nbs/50_trainer.arguments.ipynb #0aa25492

@@ -28,7 +28,7 @@ from .loop import fit, gradient_stream, validation_encoder
 from .records import EvalPoint, TrainingRun, has_converged as has_converged, point_from
 from .reports import SeedReport, best_run, read_facts, seed_stability, stability_size, training_info, run_from_info as run_from_info
 
-# %% ../../nbs/52_trainer.seeds.ipynb #93f18679
+# %% ../../nbs/52_trainer.seeds.ipynb #173ec6e9
 def _check_config(config: GradiendConfig, args: TrainingArguments) -> None:
     "Raise if a choice that stands in both is not the same."
     for name in ("source", "target", "latent_dim", "activation_encoder", "activation_decoder", "bias_decoder"):
@@ -140,15 +140,16 @@ def _plan(folder: Path, identity: dict[str, Any], args: TrainingArguments, *, re
         warnings.warn(f"{str(folder)!r} holds the state of an unfinished run, which the first new state will replace: resume=True would go on with it", UserWarning, stacklevel=5)
     return False, None
 
-# %% ../../nbs/52_trainer.seeds.ipynb #fb65ead3
+# %% ../../nbs/52_trainer.seeds.ipynb #b185199f
 def room_needed(n: int, args: TrainingArguments) -> int: # Bytes
     "How much a run will write: two states (old and new) of weights, two moments and best weights, and the models."
     weights = 4 * (n * (2 * args.latent_dim + args.bias_decoder) + args.latent_dim)
     return args.max_seeds * weights * (1 + (0 if args.save_strategy == "no" else 2 * 4))
 
 
-def _tidy(folder: Path, identity: dict[str, Any]) -> None:
-    "Remove what a killed process may have left of a run that is finished: its state, and reports that were never completed."
+def _tidy(folder: Path, identity: dict[str, Any], args: TrainingArguments) -> None:
+    "Remove what a finished run needs no more: gradients nobody asked to keep, its state, and reports that were never completed."
+    if args.cache_gradients == "auto": shutil.rmtree(folder / GRADIENTS, ignore_errors=True)
     try: state = read_checkpoint(folder)
     except InputError: return  # damaged: it is not for us to decide
     if state is not None and first_difference(state.facts.get("identity", {}), identity) is None: remove_checkpoint(folder)
@@ -195,7 +196,7 @@ def _kept_or_trained(folder: Path, identity: dict[str, Any], args: TrainingArgum
             report = replace(train(start=start, save=save, gradients=folder / GRADIENTS), identity=identity)
             report.save(folder / SEEDS)
         else: report = SeedReport.load(folder / SEEDS)
-        if report.complete: _tidy(folder, identity)
+        if report.complete: _tidy(folder, identity, args)
         return report
 
 # %% ../../nbs/52_trainer.seeds.ipynb #d09ff5ea
