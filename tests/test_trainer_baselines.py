@@ -1,7 +1,9 @@
 "The mean difference: the means against a slow loop, the closed form at the means, and what it refuses."
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -10,10 +12,12 @@ from gradiend.gradients.engine import pair_gradients
 from gradiend.gradients.objectives import objective_for
 from gradiend.gradients.space import ParameterSpace
 from gradiend.model import GradiendConfig, GradiendModel
-from gradiend.data.examples import make_examples
+from gradiend.data.examples import Examples, make_examples
 from gradiend.trainer.arguments import TrainingArguments
 from gradiend.trainer.baselines import ClassMeans, class_means, fit_mean_difference, mean_difference_model
 from gradiend.trainer.batches import gradient_stream
+from gradiend.trainer.optimisation import LRSearchConfig
+from gradiend.trainer.tuning import NoConvergentLearningRate, search_learning_rate
 
 from tests.tiny import tiny_model
 
@@ -25,7 +29,6 @@ ROWS = [{"masked": f"The {noun} left because [MASK] {end}.", "factual": word, "a
 
 @pytest.fixture(scope="module")
 def setting():
-    import pandas as pd
     words, model = tiny_model("bert", dtype=torch.float32)
     examples = make_examples(pd.DataFrame(ROWS), pair=("3SG", "3PL"))
     space = ParameterSpace.from_model(model, "*layer.0.output.dense.weight")
@@ -81,3 +84,17 @@ def test_refused_architectures_and_missing_classes(setting):
         with pytest.raises(InputError, match="another solver"): mean_difference_model(means, space, replace(config, **wrong))
     one = examples.take(np.flatnonzero(examples.labels("alternative") > 0).tolist())
     with pytest.raises(InputError, match="3PL"): fit_mean_difference(model, objective, one, space, GradiendConfig(pair=("3SG", "3PL")), TrainingArguments(), progress=False)
+
+
+def test_without_validation_rows_the_training_rows_judge_the_baseline_and_the_search(setting):
+    model, objective, examples, space = setting
+    train = examples.select("train")
+    config, args = GradiendConfig(pair=train.pair), TrainingArguments(train_batch_size=4, eval_batch_size=4, max_steps=4, cache_gradients=False)
+    with pytest.warns(UserWarning, match="no validation rows: the baseline is judged on the training rows"):
+        _, run = fit_mean_difference(model, objective, train, space, config, args)
+    frame = pd.concat([train.frame, train.frame.assign(split="validation")])
+    _, told = fit_mean_difference(model, objective, Examples(frame, train.pair), space, config, args)
+    assert run.correlation == told.correlation
+    search = LRSearchConfig(probe_steps=4, probe_evals=2, bounds=(1e-3, 1e-1), per_decade=1, refine=False)
+    with pytest.warns(UserWarning, match="no validation rows: the learning rate is chosen on the training rows"), suppress(NoConvergentLearningRate):
+        search_learning_rate(model, objective, train, space, config, replace(args, learning_rate="tune", lr_search_config=search), progress=False)

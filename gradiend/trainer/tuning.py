@@ -175,7 +175,7 @@ class LRSearch(Readable):
         "Read what `save` wrote. Raises `InputError` if the file does not hold a search."
         told = read_json(path)
         try: return cls(float(told["best"]), tuple(told["window"]), pd.DataFrame(told["probes"], columns=_COLUMNS), told["steps"], told["gradient_scale"])
-        except (KeyError, TypeError, ValueError) as error: raise InputError(f"path={str(path)!r} does not hold the search for a learning rate: {error!r}") from error
+        except (KeyError, TypeError, ValueError) as error: raise InputError(f"path={str(path)!r} does not hold the search for a learning rate ({error!r}); delete it, and the search is made again") from error
 
     def __repr__(self) -> str:
         return (f"LRSearch(best {self.best:g}; converged from {self.window[0]:g} to {self.window[-1]:g}; "
