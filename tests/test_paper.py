@@ -7,12 +7,14 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from gradiend import corpora
 
 matplotlib.use("Agg")
-base_model, base_data = "gradiend/mini-mlm", corpora.load("pronoun", n=12_000, seed=0)
+base_model = "gradiend/mini-mlm"
+SENTENCES = [1_000, pytest.param(12_000, marks=pytest.mark.slow)]  # the larger number fills all 2500 and 1000 rows asked for
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+@pytest.fixture(scope="module", params=SENTENCES)
+def run(request, tmp_path_factory):
     "Everything that the snippets of sections 3.1 to 3.4 leave behind, run in a folder of its own."
+    base_data = corpora.load("pronoun", n=request.param, seed=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("paper"))
         # 3.1
@@ -75,8 +77,9 @@ def run(tmp_path_factory):
 
 def test_data(run):
     assert set(run["training_data"]) == {"3SG", "3PL"}
-    assert all(len(frame) == 2500 for frame in run["training_data"].values())
-    assert len(run["neutral_data"]) == 1000
+    full = len(run["base_data"]) == 12_000
+    assert {len(frame) for frame in run["training_data"].values()} == {2500 if full else 306}
+    assert len(run["neutral_data"]) == (1000 if full else 208)
 
 
 def test_encoder_separates_the_classes(run):
@@ -106,8 +109,8 @@ def test_overlap_of_several_runs(run, tmp_path):
 
     trainers = [run["trainer"]]
     for first, second in ((("I", "1SG"), ("we", "1PL")), (("I", "1SG"), ("they", "3PL"))):
-        creator = TextPredictionDataCreator(base_data, [TextFilterConfig([word], id=name) for word, name in (first, second)])
-        args = TrainingArguments(train_batch_size=8, max_steps=40, eval_steps=20, eval_max_size=50, learning_rate=1e-3, max_seeds=1,
+        creator = TextPredictionDataCreator(run["base_data"], [TextFilterConfig([word], id=name) for word, name in (first, second)])
+        args = TrainingArguments(train_batch_size=8, max_steps=16, eval_steps=8, eval_max_size=20, learning_rate=1e-3, max_seeds=1,
                                  pre_prune_config=PrePruneConfig(n_samples=16, topk=0.01))
         trainers.append(TextPredictionTrainer(model=base_model, data=creator.generate_training_data(max_size_per_class=400), args=args))
         trainers[-1].train()

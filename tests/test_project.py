@@ -192,8 +192,9 @@ def test_stored_outputs(path):
 
 
 def test_notebooks_run():
-    "Every notebook, through nbdev's own tester."
-    output = succeeds("nbdev_test", "--n_workers", "2", "--do_print", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    "Every notebook, through nbdev's own tester, each in a process of its own."
+    output = succeeds(sys.executable, ROOT / "tests/tools/run_notebooks.py", "--workers", "2",
+                      PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
     assert output.count("- Completed") == len(NBS), output
 
 

@@ -17,5 +17,5 @@ def test_python_lines_run():
     code = "\n".join(blocks())
     assert code.count("n=5000") == 1 and code.count("rewrite_base_model") == 1
     names: dict = {}
-    exec(compile(code.replace("n=5000", "n=400"), "README.md", "exec"), names)
+    exec(compile(code.replace("n=5000", "n=150"), "README.md", "exec"), names)
     assert type(names["model"]).__name__ == type(names["trainer"].base_model).__name__

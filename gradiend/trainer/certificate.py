@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['CLASS_AXIS', 'training_examples', 'explained_energy', 'explained_by', 'target_energy', 'Certificate']
 
-# %% ../../nbs/53_trainer.certificate.ipynb #9c57040a
+# %% ../../nbs/53_trainer.certificate.ipynb #3a8eaf45
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,14 @@ from ..core import InputError, Readable
 from ..model import ACTIVATIONS, GradiendModel
 from .sweeps import GradientRows
 
-# %% ../../nbs/53_trainer.certificate.ipynb #4a85e6f4
+# %% ../../nbs/53_trainer.certificate.ipynb #be3cf64e
+@lru_cache(maxsize=8)
+def _lots(sizes: tuple[int, ...], average: int, count: int, seed: int) -> tuple[Tensor, ...]: # Per class `(count, B)` int32
+    "Numbers of the rows, within their class, that make up each training example. Classes of which all or one are averaged need none."
+    rng, none = np.random.default_rng(seed), np.empty((0, 0), dtype=np.int32)
+    return tuple(torch.from_numpy(np.stack([rng.choice(size, average, replace=False) for _ in range(count)]).astype(np.int32) if 1 < average < size else none) for size in sizes)
+
+
 def training_examples(
     values: Tensor, # `(N, K)` numbers of the rows
     codes: np.ndarray, # `(N,)` class of each row, from 0
@@ -29,14 +37,13 @@ def training_examples(
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]: # `(M, K)` their averages, and `(M,)` weights that sum to one
     "The averages that a training run would see, drawn without replacement within each, every class counting the same."
-    rng, parts, shares = np.random.default_rng(seed), [], []
-    present = np.unique(codes)
-    for code in present:
-        rows = np.flatnonzero(codes == code)
-        size = min(average, len(rows))
-        if size == 1: drawn = values[rows]
-        elif size == len(rows): drawn = values[rows].mean(0, keepdim=True)
-        else: drawn = torch.stack([values[rng.choice(rows, size, replace=False)].mean(0) for _ in range(count)])
+    parts, shares = [], []
+    present, sizes = np.unique(codes, return_counts=True)
+    for code, lots in zip(present, _lots(tuple(sizes.tolist()), average, count, seed), strict=True):
+        own = values[torch.from_numpy(codes == code)]
+        if min(average, len(own)) == 1: drawn = own
+        elif average >= len(own): drawn = own.mean(0, keepdim=True)
+        else: drawn = own[lots.long()].mean(1)
         parts.append(drawn)
         shares.append(torch.full((len(drawn),), 1 / (len(present) * len(drawn)), dtype=torch.float64))
     return torch.cat(parts), torch.cat(shares)

@@ -142,15 +142,15 @@ def _label_share(problem: Problem, scores: Tensor) -> float:
     e, y = centred.T
     return float((e @ y) ** 2 / ((e @ e) * (y @ y)).clamp(min=1e-300))
 
-# %% ../../nbs/53_trainer.spectral.ipynb #7bcafc9f
+# %% ../../nbs/53_trainer.spectral.ipynb #7c3c08ec
 def _warn_about_zeros(decoder: Directions) -> None:
     "Warn about rows whose target gradient is exactly zero."
     zero = torch.nonzero((decoder.products == 0).all(1)).flatten().tolist()
     if zero: warnings.warn(f"training rows {zero[:10]} ({len(zero)} in all) have a target gradient of zero, so they teach nothing; is their factual word the alternative one?", stacklevel=4)
 
 
-def _decoder_part(problem: Problem, rows: GradientRows, means: Tensor, *, start: str, iterations: int | None, supervised: bool, budget: float, seed: int) -> tuple[Directions, bool, str]:
-    "Directions of the decoder, whether they are the class axis, and a note."
+def _decoder_part(problem: Problem, rows: GradientRows, means: Tensor, *, start: str, iterations: int | None, supervised: bool, budget: float, seed: int) -> tuple[Directions, bool, float, str]:
+    "Directions of the decoder, whether they are the class axis, which share of the scores the class decides, and a note."
     matrix, k = problem.matrix(rows, "target"), problem.config.latent_dim
     def solve(class_axis: bool) -> Directions:
         if isinstance(rows, StoreRows): return solve_decoder_stored(rows, matrix, means, k, supervised=class_axis)
@@ -160,10 +160,11 @@ def _decoder_part(problem: Problem, rows: GradientRows, means: Tensor, *, start:
     found = _towards_labels(solve(supervised), problem.labels)
     _warn_about_zeros(found)
     share = _label_share(problem, found.products)
-    if supervised or k > 1 or share >= CLASS_AXIS: return found, supervised, ""
+    if supervised or k > 1 or share >= CLASS_AXIS: return found, supervised, share, ""
     note = f"the direction in which the targets vary most is not the class axis: the class decides {share:.0%} of its scores; the class axis is taken instead"
     warnings.warn(f"{note} (average={problem.average}; larger averages bring out what a class has in common)", stacklevel=4)
-    return _towards_labels(solve(True), problem.labels), True, note
+    found = _towards_labels(solve(True), problem.labels)
+    return found, True, _label_share(problem, found.products), note
 
 # %% ../../nbs/53_trainer.spectral.ipynb #5aa4cde3
 def _encoder_part(problem: Problem, rows: GradientRows, decoder: Directions, held: Held, *, iterations: int | None, supervised: bool, ridge: float | None, budget: float) -> Fitted:
@@ -182,16 +183,16 @@ def _calibration(problem: Problem, fitted: Fitted, held: Held) -> list[tuple[flo
     products, labels = (fitted.validation, held.labels) if fitted.validation is not None and held.enough(5) else (fitted.directions.products, problem.labels)
     return [calibrated(column, labels, activation=problem.config.activation_encoder) for column in products.T]
 
-# %% ../../nbs/53_trainer.spectral.ipynb #2d0064bd
+# %% ../../nbs/53_trainer.spectral.ipynb #bb11dc25
 def _certificate(problem: Problem, rows: GradientRows, decoder: Directions, fitted: Fitted, means: Tensor, held: Held, *,
-                 encodings: Tensor | None, explained: float, supervised: bool, norm_rows: int) -> Certificate:
+                 encodings: Tensor | None, explained: float, share: float, supervised: bool, norm_rows: int) -> Certificate:
     "Everything that is known about a fit."
     matrix = problem.matrix(rows, "target")
     energy, error = target_energy(rows, problem.config.target, problem.codes, means, matrix.factors, sample=norm_rows)
     def correlation(values: Tensor | None, labels: np.ndarray) -> float:
         return math.nan if values is None else pearson(values[:, 0].double().numpy(), labels)
     return Certificate(rows=rows.rows, average=problem.average, latent_dim=problem.config.latent_dim, singular_values=decoder.values, residual=decoder.residual,
-                       energy=energy, energy_error=error, explained=explained, label_share=_label_share(problem, decoder.products), supervised=supervised,
+                       energy=energy, energy_error=error, explained=explained, label_share=share, supervised=supervised,
                        validation_correlation=correlation(encodings, held.labels), left_out_correlation=correlation(fitted.left_out, problem.labels), forward_passes=rows.forward_passes)
 
 
@@ -209,7 +210,7 @@ def _model_info(examples: Examples, certificate: Certificate, rows: GradientRows
     return {"solver": "spectral", "certificate": facts, "sweeps": sweeps_frame(rows.sweeps).to_dict("records"), "note": note,
             "data": {"fingerprint": examples.fingerprint, "pair": list(examples.pair), "rows": sizes}}
 
-# %% ../../nbs/53_trainer.spectral.ipynb #5e505cfd
+# %% ../../nbs/53_trainer.spectral.ipynb #ca67aff7
 def _rows_of_fit(model: nn.Module, objective: Objective, examples: Examples, space: ParameterSpace, problem: Problem, store: GradientStore | None, *,
                  batch_size: int, folder: str | Path | None, progress: bool, total: int | None) -> GradientRows:
     "Training rows that can be multiplied, from the model or from a store. Raises InputError if the store holds other gradients."
@@ -252,11 +253,11 @@ def fit_spectral(
     held = Held(model, objective, examples, space, config.source, batch_size)
     if shuffle_labels: held.labels = held.labels[shuffled(held.labels, seed)]
     means = class_means(rows, config.target, problem.codes)
-    decoder, class_axis, note = _decoder_part(problem, rows, means, start=start, iterations=steps[0], supervised=supervised, budget=budget, seed=seed)
+    decoder, class_axis, share, note = _decoder_part(problem, rows, means, start=start, iterations=steps[0], supervised=supervised, budget=budget, seed=seed)
     fitted = _encoder_part(problem, rows, decoder, held, iterations=steps[1], supervised=supervised, ridge=ridge, budget=budget)
     calibration = _calibration(problem, fitted, held)
     solved, explained = assemble(problem, space, decoder, fitted.directions, means, calibration, supervised=class_axis)
-    certificate = _certificate(problem, rows, decoder, fitted, means, held, encodings=_encodings(config, fitted.validation, calibration), explained=explained, supervised=class_axis, norm_rows=min(NORM_ROWS, rows.rows // 2) if norm_rows is None else norm_rows)
+    certificate = _certificate(problem, rows, decoder, fitted, means, held, encodings=_encodings(config, fitted.validation, calibration), explained=explained, share=share, supervised=class_axis, norm_rows=min(NORM_ROWS, rows.rows // 2) if norm_rows is None else norm_rows)
     solved.info.update(_model_info(examples, certificate, rows, note))
     rows.bar.close()
     rows.kept.clear()
