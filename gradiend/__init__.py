@@ -60,6 +60,25 @@ if TYPE_CHECKING:
     from gradiend.visualizer.changes import plot_changed_weights as plot_changed_weights
     from gradiend.visualizer.targets import plot_encoder_by_target as plot_encoder_by_target
     from gradiend.visualizer.scatter import plot_encoder_scatter as plot_encoder_scatter
+    from gradiend.comparison import named_models as named_models
+    from gradiend.overlap import overlap_of as overlap_of
+    from gradiend.similarities import SimilarityResult as SimilarityResult
+    from gradiend.similarities import similarity as similarity
+    from gradiend.crossing import CrossEncoding as CrossEncoding
+    from gradiend.crossing import cross_encode as cross_encode
+    from gradiend.visualizer.heatmap import plot_comparison_heatmap as plot_comparison_heatmap
+    from gradiend.visualizer.heatmap import plot_similarity_heatmap as plot_similarity_heatmap
+    from gradiend.visualizer.heatmap import plot_cross_encoding as plot_cross_encoding
+    from gradiend.children import PairDefinition as PairDefinition
+    from gradiend.execution import LaunchExecutor as LaunchExecutor
+    from gradiend.execution import SuiteError as SuiteError
+    from gradiend.execution import run_tasks as run_tasks
+    from gradiend.family import SuiteReport as SuiteReport
+    from gradiend.family import SuiteResults as SuiteResults
+    from gradiend.suite import TrainerSuite as TrainerSuite
+    from gradiend.suite import SymmetricTrainerSuite as SymmetricTrainerSuite
+    from gradiend.suite import PositiveTrainerSuite as PositiveTrainerSuite
+    from gradiend.suite import TrainerCollection as TrainerCollection
 
 # Where each public name lives. It is imported when it is first used, so that `import gradiend`
 # loads neither torch nor transformers. The type checkers read the block above; a test keeps both equal.
@@ -110,6 +129,25 @@ _names = {
     "plot_changed_weights": "visualizer.changes",
     "plot_encoder_by_target": "visualizer.targets",
     "plot_encoder_scatter": "visualizer.scatter",
+    "named_models": "comparison",
+    "overlap_of": "overlap",
+    "SimilarityResult": "similarities",
+    "similarity": "similarities",
+    "CrossEncoding": "crossing",
+    "cross_encode": "crossing",
+    "plot_comparison_heatmap": "visualizer.heatmap",
+    "plot_similarity_heatmap": "visualizer.heatmap",
+    "plot_cross_encoding": "visualizer.heatmap",
+    "PairDefinition": "children",
+    "LaunchExecutor": "execution",
+    "SuiteError": "execution",
+    "run_tasks": "execution",
+    "SuiteReport": "family",
+    "SuiteResults": "family",
+    "TrainerSuite": "suite",
+    "SymmetricTrainerSuite": "suite",
+    "PositiveTrainerSuite": "suite",
+    "TrainerCollection": "suite",
 }  # fmt: skip
 __all__ = ["__version__", *_modules, *_names]
 

@@ -1,7 +1,6 @@
 "Overlap: sets against a slow reference, chance against exact counting and against blind drawing."
 import math
 import random
-import warnings
 from dataclasses import replace
 from fractions import Fraction
 
@@ -10,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from gradiend.comparison import entry_groups
 from gradiend.core import InputError
 from gradiend.gradients.space import ParameterSpace
 from gradiend.model import GradiendConfig, GradiendModel
-from gradiend.overlap import (chance_of_at_least, chance_overlap, compare_sets, kept_expectation, model_labels, topk_overlap,
-                              topk_sets)
+from gradiend.overlap import chance_of_at_least, chance_overlap, kept_expectation, overlap_of, topk_overlap, topk_sets
 
 SPACE = ParameterSpace.from_model(nn.Sequential(nn.Linear(20, 10), nn.Linear(10, 3)))
 
@@ -78,6 +77,20 @@ def test_tail_at_its_ends_and_for_large_spaces():
     assert tails[1] == pytest.approx(1 - math.exp(-0.01), rel=1e-3)
 
 
+def test_tail_of_sets_of_millions():
+    "Where terms far from the mean are left out: against all terms, written with factorials."
+    a, b, n = 300_000, 200_000, 5_000_000
+    mean, std = chance_overlap(a, b, n)
+    i = torch.arange(b + 1, dtype=torch.float64)
+    terms = -torch.stack([torch.lgamma(m + 1) for m in (i, a - i, b - i, n - a - b + i)]).sum(0)
+    weights = (terms - terms.max()).exp()
+    for distance in (-6, -1, 0, 1, 5, 20):
+        x = round(mean + distance * std)
+        assert chance_of_at_least(x, a, b, n) == pytest.approx(float(weights[x:].sum() / weights.sum()), rel=1e-5)
+    assert chance_of_at_least(a, a, b, n) == chance_of_at_least(b, a, b, n) == 0.0
+    assert chance_of_at_least(b - 1, b, b, b) == 1.0
+
+
 def test_moments_of_the_full_distribution():
     a, b, n = 13, 9, 40
     p = [math.comb(a, i) * math.comb(n - a, b - i) / math.comb(n, b) for i in range(10)]
@@ -87,12 +100,13 @@ def test_moments_of_the_full_distribution():
 
 
 def test_expectation_within_the_kept_weights_is_what_blind_drawing_gives():
-    first, second = model(0, keep=range(0, 120)), model(0, keep=range(60, 200))
+    spaces = [SPACE.keep(range(0, 120)), SPACE.keep(range(60, 200)), SPACE]
     rng = np.random.default_rng(0)
     drawn = [len(np.intersect1d(rng.choice(range(0, 120), 30, replace=False), rng.choice(range(60, 200), 50, replace=False)))
              for _ in range(3000)]
-    assert kept_expectation(first, second, 30, 50) == pytest.approx(np.mean(drawn), abs=0.15)
-    assert kept_expectation(model(0), second, 30, 50) == pytest.approx(30 * 50 / SPACE.full_n)
+    expected = kept_expectation(spaces, np.array([[30.0, 50.0, 30.0]]), entry_groups(SPACE))[0]
+    assert expected[0, 1] == pytest.approx(np.mean(drawn), abs=0.15)
+    assert expected[2, 1] == pytest.approx(30 * 50 / SPACE.full_n)
 
 
 def test_unrelated_models_are_within_chance_and_equal_ones_are_not():
@@ -102,35 +116,86 @@ def test_unrelated_models_are_within_chance_and_equal_ones_are_not():
     assert same.z > 10 and same.p_value < 1e-20
 
 
+def sets_of(n, **sets):
+    "The overlap of given sets among n entries of one tensor."
+    full = ParameterSpace.from_global(["w"], [[n]], None)
+    return overlap_of({name: full.keep(members) for name, members in sets.items()})
+
+
 def test_empty_and_full_sets_do_not_divide_by_zero():
-    row = compare_sets({"a": frozenset(), "b": frozenset({1})}, 10).iloc[0]
-    assert (row.fraction, row.z, row.p_value) == (0.0, 0.0, 1.0)
-    everything = frozenset(range(10))
-    row = compare_sets({"a": everything, "b": everything}, 10).iloc[0]
-    assert (row.fraction, row.z, row.p_value) == (1.0, 0.0, 1.0)
+    row = sets_of(10, a=[], b=[1]).frame.iloc[0]
+    assert (row.fraction, row.jaccard, row.z, row.p_value) == (0.0, 0.0, 0.0, 1.0)
+    row = sets_of(10, a=range(10), b=range(10)).frame.iloc[0]
+    assert (row.fraction, row.jaccard, row.z, row.p_value) == (1.0, 1.0, 0.0, 1.0)
 
 
-def test_labels():
-    assert model_labels([model(pair=("x", "y"))] * 3) == ["x-y", "x-y (2)", "x-y (3)"]
-    for bad in (["one"], ["same", "same"], "ab"):
-        with pytest.raises(InputError, match="labels"):
-            model_labels([model(), model()], bad)
+def test_counts_of_random_sets():
+    rng = random.Random(1)
+    for n in (7, 300, 5000):
+        sets = {name: rng.sample(range(n), rng.randint(0, n)) for name in "abcd"}
+        result = sets_of(n, **sets)
+        assert result.sets == {name: frozenset(own) for name, own in sets.items()}
+        for row in result.frame.itertuples():
+            a, b = set(sets[row.a]), set(sets[row.b])
+            assert (row.size_a, row.size_b, row.intersection) == (len(a), len(b), len(a & b))
+            assert row.fraction == len(a & b) / max(min(len(a), len(b)), 1) and row.jaccard == len(a & b) / max(len(a | b), 1)
+            assert row.expected_by_chance == row.expected_within_kept == pytest.approx(len(a) * len(b) / n)
 
 
-def test_other_spaces_are_refused_and_other_base_models_warned_about():
+def test_groups_divide_the_whole():
+    members = {"x": model(1), "y": model(2, keep=range(0, SPACE.n, 2)), "z": model(3)}
+    whole, parts = topk_overlap(members, 60), topk_overlap(members, 60, by="parameter")
+    assert parts.groups == list(SPACE.names) and len(parts.frame) == 3 * len(SPACE.names)
+    starts = dict(zip(SPACE.names, np.cumsum([0, *SPACE.totals]), strict=False))
+    for row in parts.frame.itertuples():
+        here = set(range(starts[row.group], starts[row.group] + SPACE.totals[SPACE.names.index(row.group)]))
+        a, b = whole.sets[row.a] & here, whole.sets[row.b] & here
+        assert (row.size_a, row.size_b, row.intersection) == (len(a), len(b), len(a & b))
+        assert row.expected_by_chance == pytest.approx(len(a) * len(b) / len(here))
+        assert row.p_value == pytest.approx(chance_of_at_least(len(a & b), len(a), len(b), len(here)))
+        assert parts.sizes[row.group][row.a] == len(a)
+    sums = parts.frame.groupby(["a", "b"], sort=False)["intersection"].sum()
+    assert sums.tolist() == whole.frame["intersection"].tolist()
+    alone = parts.matrix("jaccard", SPACE.names[0])
+    assert np.allclose(alone, alone.T) and alone.loc["x", "x"] == 1.0
+
+
+def test_a_share_counts_the_full_space_and_by_takes_a_function():
+    result = topk_overlap([model(1), model(2)], topk=0.1, by=lambda name: "bias" if name.endswith("bias") else "weight")
+    assert {len(index) for index in result.indices.values()} == {math.ceil(0.1 * SPACE.full_n)} and result.groups == ["weight", "bias"]
+
+
+def test_square_of_every_column():
+    result = topk_overlap({"x": model(1), "y": model(2), "z": model(1)}, topk=40)
+    for column in ("fraction", "jaccard", "intersection", "expected_by_chance", "expected_within_kept", "p_value", "z"):
+        square = result.matrix(column)
+        assert square.loc["x", "y"] == square.loc["y", "x"] == result.frame[column][0]
+        assert np.isnan(square.loc["x", "x"]) == (column not in ("fraction", "jaccard", "intersection"))
+    assert result.matrix("intersection").loc["x", "z"] == 40 == result.matrix("intersection").loc["x", "x"]
+    with pytest.raises(InputError, match="column='size_a'"): result.matrix("size_a")
+    with pytest.raises(InputError, match="choose one of 'all'"): result.matrix(group="0")
+
+
+def test_other_spaces_and_other_base_models_are_refused():
     stranger = model(space=ParameterSpace.from_model(nn.Linear(5, 5)))
     with pytest.raises(InputError, match="cannot be compared"):
         topk_overlap([model(), stranger], topk=5)
     bases = [{"name": "one", "fingerprint": "f1"}, {"name": "two", "fingerprint": "f2"}]
-    with pytest.warns(UserWarning, match="trained on one .* on two"):
+    with pytest.raises(InputError, match="trained on one .* on two"):
         topk_overlap([model(0, base=bases[0]), model(1, base=bases[1])], topk=5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        topk_overlap([model(0, base=bases[0]), model(1, base=bases[0])], topk=5)
+    assert len(topk_overlap([model(0, base=bases[0]), model(1, base=bases[0])], topk=5).frame) == 1
 
 
-def test_too_few_weights_are_said():
-    with pytest.warns(UserWarning, match="pruned to 12 weights"):
-        assert len(topk_sets([model(keep=range(12))], topk=20)["a-b"]) == 12
-    with pytest.raises(InputError, match="at least two"):
+def test_too_few_weights_are_refused():
+    with pytest.raises(InputError, match="20 weights are asked for, and 'a-b' was pruned to 12; ask for at most 12"):
+        topk_sets([model(keep=range(12))], topk=20)
+    with pytest.raises(InputError, match="at least 2"):
         topk_overlap([model()])
+    with pytest.raises(InputError, match="topk"):
+        topk_overlap([model(), model()], topk=0)
+
+
+def test_saved_models_are_compared_without_anything_else(tmp_path):
+    for seed in (1, 2): model(seed).save_pretrained(tmp_path / str(seed))
+    saved = topk_overlap({"one": tmp_path / "1", "two": str(tmp_path / "2")}, 30)
+    assert saved.frame.equals(topk_overlap({"one": model(1), "two": model(2)}, 30).frame)

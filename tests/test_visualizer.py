@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from gradiend.core import InputError, MissingExtraError
-from gradiend.overlap import OverlapResult, compare_sets
+from gradiend.gradients.space import ParameterSpace
+from gradiend.overlap import overlap_of
 from gradiend.visualizer.convergence import best_steps, plot_training_convergence
 from gradiend.visualizer.decoder import plot_probability_shifts, target_curves
 from gradiend.visualizer.encoder import plot_encoder_distributions
@@ -42,11 +43,16 @@ def candidates(names=("3SG", "3PL")):
     return pd.DataFrame(rows)
 
 
+def of_sets(sets, n):
+    full = ParameterSpace.from_global(["w"], [[n]], None)
+    return overlap_of({name: full.keep(sorted(members)) for name, members in sets.items()})
+
+
 def overlap(count, n=100_000, name="feature {}"):
     rng = np.random.default_rng(count)
     common = rng.choice(n, 100, replace=False)
     sets = {name.format(i): frozenset({*common.tolist(), *rng.choice(n, 400, replace=False).tolist()}) for i in range(count)}
-    return OverlapResult(sets=sets, frame=compare_sets(sets, n), n=n, part="decoder-weight")
+    return of_sets(sets, n)
 
 
 LONG = ("third person singular pronouns", "third person plural pronouns")
@@ -176,7 +182,7 @@ def test_sets_without_anything_in_common_and_equal_sets(count):
     apart = {f"s{i}": frozenset(range(10 * i, 10 * i + 10)) for i in range(count)}
     equal = {f"s{i}": frozenset(range(10)) for i in range(count)}
     for sets in (apart, equal):
-        result = OverlapResult(sets=sets, frame=compare_sets(sets, 1000), n=1000, part="decoder-weight")
+        result = of_sets(sets, 1000)
         drawn = plot_topk_overlap(result)
         drawn.figure.canvas.draw()
         assert any("By chance" in text for text in [drawn.get_xlabel(), *(t.get_text() for t in drawn.texts)])

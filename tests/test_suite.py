@@ -1,0 +1,372 @@
+"Suites: the same bits with and without executors, nothing lost, nothing done twice, nothing of another suite touched."
+import json
+import logging
+import multiprocessing
+import pickle
+import re
+import warnings
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from gradiend.children import PairDefinition
+from gradiend.childwork import RECORD, Shared, run_task
+from gradiend.core import InputError
+from gradiend.data.examples import make_examples
+from gradiend.execution import LaunchExecutor, SuiteError, run_tasks
+from gradiend.suite import PositiveTrainerSuite, SymmetricTrainerSuite, TrainerCollection, TrainerSuite
+from gradiend.trainer.arguments import TrainingArguments
+from gradiend.trainer.loop import Training
+from gradiend.trainer.text import TextPredictionTrainer
+from tests.suite_work import dies, said
+from tests.tiny import masked_model
+
+WORDS = {"he": "he", "she": "she", "they": "they"}
+ENDS = ("lost the beat", "missed the bus", "checked the engine", "had the keys", "took off", "forgot the crowd", "barked", "arrived late", "was tired", "whistled", "watched the dogs", "had the bus")
+DIRECT = TrainingArguments(solver="mean_difference", train_batch_size=4, cache_gradients=False)
+LOOP = TrainingArguments(train_batch_size=4, max_steps=8, eval_steps=4, learning_rate=1e-3, max_seeds=1, cache_gradients=False, convergent_score_threshold=0.0, convergent_mean_by_class_threshold=None)
+
+
+def rows(name: str, word: str, n: int = 20) -> pd.DataFrame:
+    texts = [f"{'Anna said that' if i % 2 else 'When the twins arrived ,'} [MASK] {ENDS[i % 12]} {'again' if i > 11 else 'there'} ." for i in range(n)]
+    return pd.DataFrame({"masked": texts, "factual": word, "factual_class": name})
+
+
+DATA = {name: rows(name, word) for name, word in WORDS.items()}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    "A tiny masked language model on disk."
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer, model = masked_model("bert", dtype=torch.float32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def suite(base, folder, args=DIRECT, kind=SymmetricTrainerSuite, **options):
+    return kind(base, DATA, args=replace(args, experiment_dir=str(folder)), **options)
+
+
+def weights(one: TrainerSuite) -> dict[str, bytes]:
+    return {name: (Path(task.folder) / "model" / "model.safetensors").read_bytes() for name, task in one.tasks.items()}
+
+
+def quietly(action):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return action()
+
+
+@pytest.mark.parametrize("args", [DIRECT, LOOP], ids=["mean_difference", "adamw"])
+def test_a_child_is_what_a_trainer_alone_would_be(base, tmp_path, args):
+    one = suite(base, tmp_path / "suite", args)
+    report = quietly(one.train)
+    assert list(report.frame.index) == ["he__she", "he__they", "she__they"] and set(report.frame["status"]) == {"done"}
+    alone = TextPredictionTrainer(base, DATA, args=replace(args, experiment_dir=str(tmp_path / "alone")), target_classes=("she", "they"))
+    quietly(alone.train)
+    assert alone.examples.fingerprint == one["she__they"].examples.fingerprint
+    assert (tmp_path / "alone/model/model.safetensors").read_bytes() == weights(one)["she__they"]
+    assert report.frame.loc["she__they", "correlation"] == pytest.approx(alone.report.run.correlation, abs=0)
+
+
+def test_a_rerun_skips_and_a_new_start_does_not(base, tmp_path):
+    first = suite(base, tmp_path)
+    first.train()
+    (Path(first.tasks["he__they"].folder) / "model" / "model.safetensors").unlink()  # untouched by a rerun: it is not read
+    again = suite(base, tmp_path)
+    assert set(again.train().frame["status"]) == {"skipped"}
+    assert set(again.train(resume=False, children=["he__they"]).frame["status"]) == {"done"}
+    assert len(weights(again)) == 3 and again.frame["correlation"].notna().all()
+
+
+def test_pools_of_processes_give_the_same_bits(base, tmp_path):
+    here, there = suite(base, tmp_path / "here", LOOP), suite(base, tmp_path / "there", LOOP)
+    quietly(here.train)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as pool:
+        report = there.train(pool)
+        encoded = there.evaluate_encoder(pool, bootstrap=0)
+    assert set(report.frame["status"]) == {"done"} and weights(here) == weights(there)
+    for name, result in here.evaluate_encoder(bootstrap=0).items(): pd.testing.assert_frame_equal(result.frame, encoded[name].frame)
+
+
+def test_threads_take_turns_and_give_the_same_bits(base, tmp_path):
+    here, there = suite(base, tmp_path / "here"), suite(base, tmp_path / "there")
+    here.train()
+    with ThreadPoolExecutor(3) as pool: there.train(pool)
+    assert weights(here) == weights(there)
+
+
+def test_a_loaded_model_is_saved_once_and_is_the_same(tmp_path):
+    tokenizer, model = masked_model("bert", dtype=torch.float64)
+    with torch.no_grad(): next(model.parameters()).add_(0.125)
+    one = SymmetricTrainerSuite(model, DATA, tokenizer=tokenizer, args=replace(DIRECT, experiment_dir=str(tmp_path / "suite")), target_classes=["they", "he"])
+    one.train()
+    alone = TextPredictionTrainer(model, DATA, tokenizer=tokenizer, args=replace(DIRECT, experiment_dir=str(tmp_path / "alone")), target_classes=("they", "he"))
+    alone.train()
+    assert one["they__he"].base_model.dtype == torch.float64
+    assert (tmp_path / "alone/model/model.safetensors").read_bytes() == weights(one)["they__he"]
+    assert len(list((tmp_path / "suite/_shared").glob("base-*"))) == 1 and (one.tasks["they__he"].model.startswith(str(tmp_path)))
+
+
+def test_one_child_fails_the_others_do_not(base, tmp_path):
+    data = {**DATA, "it": rows("it", "it", 2)}  # two rows cannot be divided
+    one = SymmetricTrainerSuite(base, data, args=replace(DIRECT, experiment_dir=str(tmp_path)), target_classes=["he", "it", "they"])
+    with pytest.warns(UserWarning, match="2 of 3 children failed") as told: report = one.train()
+    assert report.failed == ("he__it", "it__they") and report.frame.loc["he__they", "status"] == "done"
+    assert any("classes too small for the splits" in str(w.message) for w in told) and "InputError" in report.frame.loc["he__it", "error"]
+    with pytest.raises(SuiteError, match="he__it") as error: one.train(on_error="raise")
+    assert [o.status for o in error.value.outcomes] == ["failed", "skipped", "failed"]
+    assert one.frame["status"].tolist() == ["not trained", "done", "not trained"]
+    with pytest.raises(InputError, match=r"2 of 3 children are not trained: he__it, it__they; .*children=\['he__they'\]"): one.similarity()
+    assert list(one.get_models(["he__they"])) == ["he__they"]
+    with pytest.warns(UserWarning, match="not trained yet"): results = one.evaluate_encoder(bootstrap=0)
+    with pytest.raises(KeyError, match="not trained yet"): results["he__it"]
+
+
+def test_ctrl_c_keeps_what_is_finished_and_goes_on_later(base, tmp_path, monkeypatch):
+    whole, broken = suite(base, tmp_path / "whole", LOOP), suite(base, tmp_path / "broken", LOOP)
+    quietly(whole.train)
+    step, count = Training.step, [0]
+    def interrupted(self, batch, total):
+        count[0] += 1
+        if count[0] == 8 + 6: raise KeyboardInterrupt
+        step(self, batch, total)
+    monkeypatch.setattr(Training, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="he__they was interrupted after 5 steps"): quietly(broken.train)
+    monkeypatch.setattr(Training, "step", step)
+    assert broken.frame["status"].tolist() == ["done", "unfinished", "not trained"]
+    report = quietly(broken.train)
+    assert report.frame["status"].tolist() == ["skipped", "done", "done"] and weights(broken) == weights(whole)
+
+
+# --- what is not ours -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("change", "told"), [
+    ({"args": replace(DIRECT, source="diff")}, "arguments.source was 'alternative' and is now 'diff'"),
+    ({"class_merge_map": {"he": ["he", "they"]}, "target_classes": ["he", "she"]}, "options.class_merge_map"),
+    ({"max_per_class": 12}, "options.max_per_class"),
+])
+def test_a_folder_of_another_suite_is_not_touched(base, tmp_path, change, told):
+    suite(base, tmp_path).train()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "_shared" not in p.parts}
+    with pytest.raises(InputError, match=re.escape(told)): suite(base, tmp_path, **change).train()
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_changed_base_model_or_table_is_noticed(base, tmp_path):
+    import shutil
+    copy = shutil.copytree(base, tmp_path / "copy")
+    suite(str(copy), tmp_path / "run").train()
+    assert set(suite(base, tmp_path / "run").train().frame["status"]) == {"skipped"}  # the same files in another place
+    tokenizer, model = masked_model("bert", dtype=torch.float32, seed=1)
+    model.save_pretrained(copy)
+    with pytest.raises(InputError, match="base_model was"): suite(str(copy), tmp_path / "run").train()
+    changed = {**DATA, "he": rows("he", "he", 19)}
+    with pytest.raises(InputError, match="data was"): SymmetricTrainerSuite(base, changed, args=replace(DIRECT, experiment_dir=str(tmp_path / "run"))).train()
+
+
+def test_a_damaged_record_is_an_error(base, tmp_path):
+    one = suite(base, tmp_path)
+    one.train()
+    (tmp_path / "he__she" / RECORD).write_text("[]")
+    with pytest.raises(InputError, match="no record of a child"): one.train()
+
+
+def test_a_trainer_alone_in_the_folder_is_not_overwritten(base, tmp_path):
+    alone = TextPredictionTrainer(base, DATA, args=replace(DIRECT, source="diff", experiment_dir=str(tmp_path)), target_classes=("he", "she"), run_id="he__she")
+    alone.train()
+    kept = (tmp_path / "he__she/model/model.safetensors").read_bytes()
+    with pytest.warns(UserWarning, match="1 of 3 children failed"): report = suite(base, tmp_path).train()
+    assert report.failed == ("he__she",) and "arguments.source" in report.frame.loc["he__she", "error"]
+    assert (tmp_path / "he__she/model/model.safetensors").read_bytes() == kept
+
+
+# --- executors ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tasks_of(base, folder, n=5):
+    one = suite(base, folder)
+    task = one.tasks["he__she"]
+    return [replace(task, child_id=f"child{i}", folder=str(folder / f"child{i}")) for i in range(n)]
+
+
+fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes cannot be forked here")
+
+
+@fork
+@pytest.mark.parametrize(("times", "failed"), [(1, []), (2, ["child2"])])
+def test_a_killed_worker_costs_at_most_the_child_that_kills(base, tmp_path, one_thread, times, failed):
+    tasks = tasks_of(base, tmp_path)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+        outcomes = run_tasks(tasks, pool, work=partial(dies, child="child2", times=times), on_error="return")
+    assert [o.child_id for o in outcomes] == [t.child_id for t in tasks]
+    assert [o.child_id for o in outcomes if o.status == "failed"] == failed
+    assert len(list((tmp_path / "marks").iterdir())) == times
+
+
+@fork
+def test_retries_are_counted(base, tmp_path, one_thread):
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+        outcomes = run_tasks(tasks_of(base, tmp_path, 3), pool, work=partial(dies, child="child0", times=9), retries=0, on_error="return")
+    assert "failed" in {o.status for o in outcomes} and outcomes[0].status == "failed"
+    assert len(list((tmp_path / "marks").iterdir())) == 1
+
+
+@fork
+def test_a_pool_of_forked_processes_with_threads_is_refused(base, tmp_path, one_thread):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        torch.set_num_threads(2)
+        with pytest.raises(InputError, match="forked"): run_tasks(tasks_of(base, tmp_path), pool, work=said)
+
+
+class Broken(Executor):
+    "Takes two tasks, finishes one and breaks."
+    taken = 0
+    def submit(self, function, task):
+        self.taken += 1
+        if self.taken > 2: raise BrokenExecutor("no more")
+        future = Future()
+        if self.taken == 1: future.set_result(function(task))
+        else: future.set_exception(BrokenExecutor("gone"))
+        return future
+
+
+def test_an_executor_that_breaks_for_good(base, tmp_path):
+    outcomes = run_tasks(tasks_of(base, tmp_path), Broken(), work=said, on_error="return")
+    assert [o.status for o in outcomes] == ["done", "failed", "failed", "failed", "failed"] and "lost" in outcomes[4].error
+
+
+def test_executors_that_take_no_work(base, tmp_path):
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+    with pytest.raises(InputError, match="shut down"): suite(base, tmp_path).train(pool)
+    with pytest.raises(TypeError, match="get_executor"): suite(base, tmp_path).train(object())
+    launcher = LaunchExecutor(lambda f, *a, **k: f(*a, **k), jobs=2)
+    assert [o.status for o in run_tasks(tasks_of(base, tmp_path / "x", 3), launcher, work=said)] == ["done"] * 3
+    launcher.shutdown()
+    with pytest.raises(InputError, match="takes no work"): run_tasks(tasks_of(base, tmp_path / "x", 3), launcher, work=said)
+
+
+def test_tasks_are_small_and_plain(base, tmp_path):
+    one = suite(base, tmp_path, eval_neutral_data=["The kettle was empty.", "Anna had the keys."])
+    for task in one.tasks.values():
+        assert len(pickle.dumps(task)) < 6000 and pickle.loads(pickle.dumps(task)) == task
+        assert json.loads(json.dumps(task.identity)) == task.identity and all(Path(p).is_absolute() for p in (task.folder, task.data, task.model, task.neutral))
+
+
+# --- children ---------------------------------------------------------------------------------------------------
+
+def test_classes_joined_for_one_child(base, tmp_path):
+    number = PairDefinition(child_id="number", label="number", class_merge_map={"SG": ["he", "she"], "PL": ["they"]})
+    one = suite(base, tmp_path, kind=TrainerSuite, pair_definitions=[number], target_pairs=[("he", "she")])
+    report = one.train()
+    assert one["number"].examples.pair == ("SG", "PL") and set(one["number"].examples.frame["raw_factual_class"]) == {"he", "she", "they"}
+    assert one["he__she"].examples.pair == ("he", "she") and one.labels["number"] == "number" and not report.failed
+    alone = make_examples(DATA, class_merge_map={"SG": ["he", "she"], "PL": ["they"]})
+    assert alone.fingerprint == one["number"].examples.fingerprint
+
+
+def test_one_against_the_rest(base, tmp_path):
+    one = suite(base, tmp_path, kind=PositiveTrainerSuite)
+    assert list(one) == ["he__non_he", "she__non_she", "they__non_they"]
+    joined = suite(base, tmp_path, kind=PositiveTrainerSuite, class_merge_map={"SG": ["he", "she"], "PL": ["they"]})
+    assert list(joined) == ["SG__non_SG", "PL__non_PL"] and set(joined["PL__non_PL"].examples.frame["factual_class"]) == {"PL", "non_PL"}
+    examples = one["she__non_she"].examples
+    assert examples.pair == ("she", "non_she") and (examples.frame["factual_class"] == "non_she").sum() == 40
+
+
+def test_data_of_other_forms(base, tmp_path):
+    for name, table in DATA.items(): table.assign(**{"split": None}).drop(columns=["split", "factual_class"]).to_csv(tmp_path / f"{name}.csv", index=False)
+    with pytest.raises(InputError, match="target_classes: these data know their classes by names of files"): SymmetricTrainerSuite(base, tmp_path, args=DIRECT)
+    named = SymmetricTrainerSuite(base, tmp_path, args=DIRECT, target_classes=["they", "he"])
+    alone = make_examples(tmp_path, pair=("they", "he"))
+    assert named["they__he"].examples.fingerprint == alone.fingerprint
+    table = make_examples(DATA, pair=("he", "they"))
+    again = TrainerSuite(base, table, args=DIRECT, target_pairs=[("he", "they")])
+    assert again["he__they"].examples.fingerprint == table.fingerprint
+
+
+def test_bad_input(base, tmp_path):
+    with pytest.raises(InputError, match="no children"): suite(base, tmp_path, kind=TrainerSuite)
+    with pytest.raises(InputError, match="used twice"): suite(base, tmp_path, kind=TrainerSuite, target_pairs=[("he", "she"), ("he", "she")])
+    with pytest.raises(InputError, match="did you mean 'they'"): suite(base, tmp_path, kind=TrainerSuite, target_pairs=[("he", "thy")])
+    with pytest.raises(TypeError, match="max_pr_class"): suite(base, tmp_path, max_pr_class=3)
+    with pytest.raises(InputError, match="tokenizer"): suite(base, tmp_path, tokenizer=masked_model("bert")[0])
+    with pytest.raises(InputError, match="a loaded model needs its tokenizer"): SymmetricTrainerSuite(masked_model("bert")[1], DATA, args=DIRECT)
+    with pytest.raises(InputError, match="pair_filter"): suite(base, tmp_path, kind=TrainerSuite, target_pairs=[("he", "she")], pair_filter=lambda a, b: True)
+    with pytest.raises(InputError, match="run_id"): SymmetricTrainerSuite(base, DATA, args=DIRECT, run_id="x")
+    with pytest.raises(InputError, match="children='x'"): suite(base, tmp_path).train(children=["x"])
+    with pytest.raises(InputError, match="neither embedded"): SymmetricTrainerSuite("no/such-model-anywhere", DATA, args=DIRECT).train()
+    odd = {name: table.assign(when=pd.Timestamp(0)) for name, table in DATA.items()}
+    with pytest.raises(InputError, match="the column 'when'"): SymmetricTrainerSuite(base, odd, args=DIRECT).train()
+
+
+# --- sharing and collections ------------------------------------------------------------------------------------
+
+def computed(caplog) -> int:
+    "Rows whose gradients were written to a store."
+    return sum(r.args[0] for r in caplog.records if r.msg.startswith("write_store"))
+
+
+def test_children_with_equal_rows_share_kept_gradients(base, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "gradiend.gradients.store")
+    kept = replace(LOOP, cache_gradients=True)
+    def both(folder):
+        one, two = (suite(base, tmp_path / folder / str(rate), replace(kept, learning_rate=rate), kind=TrainerSuite, target_pairs=[("he", "they")]) for rate in (1e-3, 1e-2))
+        return TrainerCollection(slow=one, fast=two)
+    caplog.clear()
+    shared = both("shared")
+    quietly(shared.train)
+    with_sharing = computed(caplog)
+    caplog.clear()
+    apart = both("apart")
+    for name in apart: quietly(lambda name=name: run_tasks([apart._members[name][0].tasks["he__they"]], shared=Shared()))
+    without = computed(caplog)
+    assert 0 < with_sharing == without / 2
+    for name in apart: assert weights(apart._members[name][0]) == weights(shared._members[name][0])
+    assert (tmp_path / "shared/0.001/he__they/gradients").is_symlink()
+    elsewhere = shared._members["slow/he__they"][0].tasks["he__they"]
+    assert run_task(elsewhere, resume=False).status == "done" and not (tmp_path / "shared/0.001/he__they/gradients").is_symlink()
+
+
+def test_collections(base, tmp_path):
+    one = suite(base, tmp_path, run_id="one", kind=TrainerSuite, target_pairs=[("he", "she"), ("he", "they")])
+    alone = TextPredictionTrainer(base, DATA, args=DIRECT, target_classes=("she", "they"))
+    family = TrainerCollection(one, alone)
+    assert family.frame["status"].tolist() == ["not trained"] * 3
+    report = family.train()
+    assert list(family) == ["he__she", "he__they", "she__they"] and set(report.frame["status"]) == {"done"}
+    assert set(family.train().frame["status"]) == {"skipped"} and family["she__they"] is alone
+    with pytest.raises(InputError, match="two children are called 'he__she'"): TrainerCollection(one, one)
+    more = family.merge(again=one)
+    assert list(more)[3:] == ["again/he__she", "again/he__they"] and more.labels["again/he__she"] == "again: he vs she"
+    with pytest.raises(TypeError, match="no member"): TrainerCollection("suite")
+    with pytest.raises(InputError, match="no members"): TrainerCollection()
+    assert set(family.similarity().names) == set(family) and set(family.cross_encode().matrix().index) == set(family)
+    assert len(family.evaluate_encoder(bootstrap=0).frame) == 3
+    decoded = family.evaluate_decoder(children=["he__she"], lrs=[1e-3], max_size=4, target_class="he", lms_texts=["Anna had the keys .", "The dogs barked ."])
+    sent = pickle.loads(pickle.dumps(decoded["he__she"]))
+    pd.testing.assert_frame_equal(sent.frame, decoded["he__she"].frame)
+
+
+def test_a_suite_without_a_folder_leaves_nothing(base):
+    one = TrainerSuite(base, DATA, args=DIRECT, target_pairs=[("he", "they")])
+    one.train()
+    folder, models = one.folder, one.get_models()
+    assert folder.is_dir() and list(models) == ["he__they"]
+    one._temporary.cleanup()
+    assert not folder.exists()
