@@ -9,6 +9,7 @@ __all__ = ['RECORD', 'write_table', 'read_written', 'saved_base', 'base_content'
 # %% ../nbs/86_childwork.ipynb #10aed9ac
 import hashlib
 import os
+import shutil
 import threading
 import time
 import traceback
@@ -157,6 +158,10 @@ class Shared:
         "What is in a file, read at the first time; None without a path."
         if path is not None and path not in self._read: self._read[path] = how(path)
         return None if path is None else self._read[path]
+
+    def forget_gradients(self) -> None:
+        "Remove the gradients that were kept for several children."
+        if self.gradients is not None: shutil.rmtree(self.gradients, ignore_errors=True)
 
     def link_gradients(self, task: Task) -> None:
         "Let a child keep its gradients in the common folder; where links cannot be made it keeps its own."

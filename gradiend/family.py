@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SuiteReport', 'SuiteResults', 'FamilyTraining', 'FamilyEvaluation', 'FamilyComparison', 'TrainerFamily']
 
-# %% ../nbs/86_family.ipynb #83100805
+# %% ../nbs/86_family.ipynb #3b7cfe92
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -165,7 +165,7 @@ class FamilyComparison(FamilyEvaluation):
         first = next(iter(trainers.values()))
         return cross_encode(models, first.base_model, first.objective, {name: trainer.examples for name, trainer in trainers.items()}, **options)
 
-# %% ../nbs/86_family.ipynb #64b4df30
+# %% ../nbs/86_family.ipynb #421ab8cb
 class TrainerFamily(FamilyComparison):
     "Several trainers by name: trained, evaluated, compared and drawn together."
     figures: Path | None = None # Where figures go; None: they are not written
@@ -178,7 +178,8 @@ class TrainerFamily(FamilyComparison):
 
     def plot_topk_overlap(self, result: OverlapResult | None = None, *, children: Sequence[str] | None = None, **options: Any) -> Any:
         "Draw which important weights the children share (paper, Figures 5 and 6); returns the Axes. Options: those of `plot_topk_overlap`."
-        return plot_topk_overlap(self.get_models(children) if result is None else result, **{**self._usual("topk_overlap"), **options})
+        found = self.get_models(children) if result is None else result
+        return plot_topk_overlap(found, **{**self._usual("topk_overlap", found.indices if isinstance(found, OverlapResult) else found), **options})
 
     def plot_similarity(self, result: SimilarityResult | None = None, *, children: Sequence[str] | None = None, measure: str = "cosine", **options: Any) -> Any:
         "Draw how similar the directions of the children are; returns the Axes. Options: those of `plot_similarity_heatmap`."

@@ -178,7 +178,9 @@ class TrainerSuite(SuiteMaterial):
         return task
 
     def _carry_out(self, method: str, chosen: Sequence[str], options: Mapping[str, Any], executor: Executor | None, running: Mapping[str, Any]) -> list[TaskOutcome]:
-        return run_tasks([self.claimed(name) for name in chosen], executor, work=work_of(method, options), shared=self.shared, **running)
+        outcomes = run_tasks([self.claimed(name) for name in chosen], executor, work=work_of(method, options), shared=self.shared, **running)
+        if self.args.cache_gradients == "auto": self.shared.forget_gradients()  # no child needs them now; True keeps them
+        return outcomes
 
     def _state(self, child_id: str) -> TaskOutcome:
         facts, begun = finished_facts(self.tasks[child_id]), read_record(self.tasks[child_id])
@@ -257,6 +259,7 @@ class TrainerCollection(TrainerFamily):
         common = next((owner.shared for owner, _ in owners.values() if isinstance(owner, TrainerSuite)), None)
         found = {o.child_id: o for o in run_tasks(tasks, executor, work=work_of(method, options), shared=common, **{**running, "on_error": "return"})}
         found |= {name: local_outcome(name, owner, method, options) for name, (owner, _) in owners.items() if not isinstance(owner, TrainerSuite)}
+        if common is not None and all(task.arguments.get("cache_gradients") == "auto" for task in tasks): common.forget_gradients()
         outcomes = [found[name] for name in chosen]
         tell_failures(outcomes, running["on_error"])
         return outcomes

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from gradiend.children import PairDefinition
+from gradiend.children import SHARED, PairDefinition
 from gradiend.childwork import RECORD, Shared, run_task
 from gradiend.core import InputError
 from gradiend.data.examples import make_examples
@@ -370,3 +370,10 @@ def test_a_suite_without_a_folder_leaves_nothing(base):
     assert folder.is_dir() and list(models) == ["he__they"]
     one._temporary.cleanup()
     assert not folder.exists()
+
+
+def test_kept_gradients_go_when_the_suite_is_through_unless_asked_for(base, tmp_path):
+    for asked, stays in (("auto", False), (True, True)):
+        family = suite(base, tmp_path / str(asked), replace(LOOP, cache_gradients=asked, num_train_epochs=4))
+        assert set(family.train(progress=False).frame["status"]) == {"done"}
+        assert (tmp_path / str(asked) / SHARED / "gradients").exists() == stays

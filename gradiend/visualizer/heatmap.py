@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cell_size', 'plot_comparison_heatmap', 'plot_similarity_heatmap', 'plot_cross_encoding']
 
-# %% ../../nbs/83_visualizer.heatmap.ipynb #b82dec59
+# %% ../../nbs/83_visualizer.heatmap.ipynb #3d76310c
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -141,7 +141,7 @@ def _strokes(ax: Any, cells: np.ndarray, values: np.ndarray) -> None:
     places = [(i, j) for i, j in zip(*np.nonzero(cells & np.isfinite(values)), strict=True)]
     ax.add_collection(collections.LineCollection([[(j - 0.42, i + 0.42), (j + 0.42, i - 0.42)] for i, j in places], colors=NEUTRAL, linewidths=0.8))
 
-# %% ../../nbs/83_visualizer.heatmap.ipynb #b50c7d4c
+# %% ../../nbs/83_visualizer.heatmap.ipynb #e528d255
 def _as_matrix(matrix: Any) -> pd.DataFrame:
     "A matrix of numbers with names on both sides. Raises InputError or TypeError for anything else."
     table = matrix if isinstance(matrix, pd.DataFrame) else matrix.matrix() if callable(getattr(matrix, "matrix", None)) else None
@@ -196,8 +196,11 @@ def _frame(ax: Any, image: Any, above: float, words: Mapping[str, str]) -> None:
     bar.outline.set_visible(False)
     if words["title"]: ax.set_title(words["title"], loc="left", fontsize=10, color=INK, pad=above + 6)
     if words["ylabel"]: ax.set_ylabel(words["ylabel"], fontsize=9, color=INK)
-    below = "\n".join(part for part in (words["xlabel"], words["note"]) if part)
-    if below: ax.set_xlabel(below, fontsize=9 if not words["note"] else 8, color=NEUTRAL if words["note"] else INK, loc="left" if words["note"] else "center")
+    if words["xlabel"]: ax.set_xlabel(words["xlabel"], fontsize=9, color=INK)
+    if words["note"]:
+        note = {"text": words["note"], "fontsize": 8, "color": NEUTRAL, "ha": "left", "va": "top"}
+        if words["xlabel"]: ax.annotate(xy=(0, 0), xycoords=("axes fraction", ax.xaxis.label), xytext=(0, -4), textcoords="offset points", annotation_clip=False, **note)
+        else: ax.set_xlabel(words["note"], fontsize=8, color=NEUTRAL, loc="left")
 
 # %% ../../nbs/83_visualizer.heatmap.ipynb #5227d631
 def plot_comparison_heatmap(

@@ -88,13 +88,13 @@ def _heatmap_options(column: str) -> dict[str, Any]:
     label = COLUMN_LABELS[check_choice("column", column, COLUMN_LABELS)]
     return {"percentages": column in ("fraction", "jaccard"), "colorbar_label": label, "fmt": ".0e" if column == "p_value" else None}
 
-# %% ../../nbs/83_visualizer.topk.ipynb #28c7e150
+# %% ../../nbs/83_visualizer.topk.ipynb #137cbce4
 def _chance_line(overlap: OverlapResult, unit: str = "weights", group: str | None = None) -> str:
     """What chance gives for a pair, in one line; the range over pairs if it differs between them."""
     frame = overlap.frame if group is None else overlap.frame[overlap.frame["group"] == group]
     expected = frame[["expected_by_chance", "expected_within_kept"]].max(axis=1)
     if unit != "weights": expected = 100 * expected / frame[["size_a", "size_b"]].min(axis=1).clip(lower=1)
-    low, high = (f"{value:.1f}" if value < 100 else f"{value:,.0f}" for value in (expected.min(), expected.max()))
+    low, high = (f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}" for value in (expected.min(), expected.max()))
     return f"By chance a pair would share {low if low == high else f'{low} to {high}'} {unit}"
 
 def _note(ax: Any, lines: Sequence[str]) -> None:
@@ -138,7 +138,7 @@ def _kind(kind: str, overlap: OverlapResult, heatmap_options: Sequence[str]) -> 
         raise InputError(f"{heatmap_options[0]}: an option of the heatmap, and {count} sets are drawn as a Venn diagram; add kind='heatmap'")
     return wanted
 
-# %% ../../nbs/83_visualizer.topk.ipynb #0689011c
+# %% ../../nbs/83_visualizer.topk.ipynb #adcf3a8e
 def plot_topk_overlap(
     models: Models | OverlapResult, # Two or more: models, saved folders, something with `get_models()`, or a comparison
     topk: int | float | None = None, # Weights a model, or a share of the full space; None: 1,000
@@ -148,14 +148,14 @@ def plot_topk_overlap(
     kind: str = "auto", # "venn", "heatmap"; "auto": Venn diagram up to six sets
     ax: Any = None, # Matplotlib axes; None makes a figure
     output: str | Path | None = None, # File to write: .png, .pdf or .svg
-    **options: Any, # Of the heatmap: `column` and `group` of `OverlapResult.matrix`, and those of `plot_comparison_heatmap`
+    **options: Any, # `row_labels`; of the heatmap `column` and `group` of `OverlapResult.matrix`, and the others of `plot_comparison_heatmap`
 ) -> Any: # Matplotlib axes
     """Draw which important weights models share: Venn diagram up to six, heatmap above (paper, Figures 5, 6).
 
     Raises InputError for models that cannot be compared, and for options that do not fit the form.
     """
     overlap = _compared(models, topk, part, labels)
-    form, sizes = _kind(kind, overlap, list(options)), sorted({len(members) for members in overlap.indices.values()})
+    form, sizes = _kind(kind, overlap, [name for name in options if name != "row_labels"]), sorted({len(members) for members in overlap.indices.values()})
     title = f"The {' to '.join(dict.fromkeys((f'{sizes[0]:,}', f'{sizes[-1]:,}')))} most important weights"
     if form == "heatmap":
         column, group = options.pop("column", "fraction"), options.pop("group", None)
@@ -163,6 +163,7 @@ def plot_topk_overlap(
         words = {**_heatmap_options(column), "title": title if group is None else f"{title}, those in {group}",
                  "note": _chance_line(overlap, unit, group)}
         return plot_comparison_heatmap(overlap.matrix(column, group), **{**words, **options}, ax=ax, output=output)
+    if row_labels := options.get("row_labels"): overlap = rename_sets(overlap, [row_labels.get(name, name) for name in overlap.indices])
     ax = ax if ax is not None else new_axes(figsize={2: (4.6, 3.2), 3: (4.6, 3.8)}.get(len(overlap.indices), (5.4, 4.0)))[0][0]
     notes = _draw_circles(ax, overlap.sets) if len(overlap.indices) <= 3 else _draw_shapes(ax, overlap.sets)
     ax.set_title(title, loc="left", fontsize=10, color=INK)
