@@ -222,7 +222,8 @@ def crossed():
 
 def test_cross_encoding():
     ax = plot_cross_encoding(crossed())
-    assert drawn(ax).shape == (2, 1) and ax.get_ylabel() == "encoder" and "struck through" in ax.get_xlabel()
+    assert drawn(ax).shape == (2, 1) and (ax.get_ylabel(), ax.get_xlabel()) == ("encoder", "rows of")
+    assert "struck through" in ax.texts[-1].get_text()
     assert len(ax.collections[0].get_segments()) == 1  # only the encoder of noise
     assert not plot_cross_encoding(crossed(), highlight=None).collections
     assert not plot_cross_encoding(crossed(), "positive_mean").collections
