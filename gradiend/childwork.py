@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['RECORD', 'write_table', 'read_written', 'saved_base', 'base_content', 'Task', 'Shared', 'trainer_of', 'read_record',
-           'finished_facts', 'training_facts', 'TaskOutcome', 'run_task', 'evaluate_task', 'local_outcome']
+           'finished_facts', 'kept_model', 'training_facts', 'TaskOutcome', 'run_task', 'evaluate_task',
+           'local_outcome']
 
-# %% ../nbs/86_childwork.ipynb #10aed9ac
+# %% ../nbs/86_childwork.ipynb #c47932f4
 import hashlib
+import multiprocessing
 import os
 import shutil
 import threading
@@ -22,16 +24,17 @@ from typing import Any
 import pandas as pd
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from .artifact import HUB_ID
 from .core import InputError, atomic_folder, fingerprint, read_json, write_json
 from .gradients.store import tokenizer_fingerprint
-from .model import package_versions
+from .model import GradiendModel, package_versions
 from .trainer.arguments import TrainingArguments
-from .trainer.checkpoints import MATTERING, NO_EFFECT, first_difference
+from .trainer.checkpoints import LOCK, MATTERING, NAME, NO_EFFECT, first_difference
 from .trainer.preparation import load_pair
 from .trainer.reports import SeedReport
-from .trainer.seeds import GRADIENTS
+from .trainer.seeds import GRADIENTS, SEEDS
 from .trainer.text import TextPredictionTrainer
 from .zoo import EMBEDDED, embedded_folder, load, model_fingerprint
 
@@ -136,7 +139,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping): return {str(key): _plain(v) for key, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-# %% ../nbs/86_childwork.ipynb #11d466be
+# %% ../nbs/86_childwork.ipynb #4cf29ed3
+@contextmanager
+def _quiet_worker() -> Iterator[None]:
+    "No progress bars of transformers in a block, if this process was started to work for another one."
+    if multiprocessing.parent_process() is None or not is_progress_bar_enabled():
+        yield
+        return
+    disable_progress_bar()
+    try: yield
+    finally: enable_progress_bar()
+
+
 class Shared:
     "What children in one process need only once: language model, tables, and the folder of kept gradients."
 
@@ -150,7 +164,7 @@ class Shared:
         key = (task.model, task.base, task.device, args.base_dtype, str(args.device_map))
         if self._base is None or self._base[0] != key:
             self._base = None  # so that two are never in memory
-            tokenizer, model = load_pair(task.model, None, args) if task.device is None else load(task.model, dtype=None)
+            with _quiet_worker(): tokenizer, model = load_pair(task.model, None, args) if task.device is None else load(task.model, dtype=None)
             self._base = key, (tokenizer, model if task.device is None else model.to(task.device))  # type: ignore[arg-type]
         return self._base[1]
 
@@ -185,7 +199,7 @@ def trainer_of(
     return TextPredictionTrainer(model, shared.read(task.data, read_written), tokenizer=tokenizer, eval_neutral_data=shared.read(task.neutral, read_json), args=used,
                                  target_classes=task.target_classes, paired=False, **task.options)
 
-# %% ../nbs/86_childwork.ipynb #cd7a9b15
+# %% ../nbs/86_childwork.ipynb #7f50dc41
 RECORD = "child.json"
 
 
@@ -194,9 +208,15 @@ def read_record(
 ) -> dict[str, Any] | None: # None if the child was never begun
     "What the folder of a child says about it. Raises InputError if the folder belongs to another child, naming the first thing that differs."
     path = Path(task.folder) / RECORD
-    if not path.is_file(): return None
-    record = read_json(path)
-    if not isinstance(record, dict) or "identity" not in record: raise InputError(f"{str(path)!r} is no record of a child: it was edited, or written by another program; move it away")
+    if not path.is_file():
+        held = next((name for name in ("model", SEEDS, NAME, LOCK) if (path.parent / name).exists()), None)
+        if held is None: return None
+        raise InputError(f"the folder {task.folder!r} is not of this suite: it holds {held!r} and no {RECORD}, so another training wrote it. Choose another run_id, or move the folder away")
+    try: record = read_json(path)
+    except InputError as error: record = str(error)
+    if not isinstance(record, dict) or not isinstance(record.get("identity"), dict):
+        why = record if isinstance(record, str) else "it was edited, or written by another program"
+        raise InputError(f"{str(path)!r} is no record of a child ({why}), so it cannot be known what the folder holds: move the folder away, and train() makes the child anew")
     difference = first_difference(record["identity"], task.identity)
     if difference is not None:
         raise InputError(f"the folder {task.folder!r} belongs to another suite: {difference}. Give the same again, choose another run_id, or move the folder away")
@@ -209,6 +229,15 @@ def finished_facts(
     "How the training of a child went, if it is done and its model is there. Raises InputError as `read_record`."
     record = read_record(task)
     return record.get("facts") if record is not None and (Path(task.folder) / "model").is_dir() else None
+
+
+def kept_model(
+    task: Task,
+) -> GradiendModel:
+    "The trained model of a child. Raises InputError if it cannot be read, with the call that makes it anew."
+    try: return GradiendModel.from_pretrained(Path(task.folder) / "model")
+    except InputError as error:
+        raise InputError(f"the model of child {task.child_id!r} cannot be read ({error}): train it anew with train(resume=False, children=[{task.child_id!r}])") from error
 
 
 def training_facts(
@@ -275,7 +304,7 @@ def _trained(task: Task, shared: Shared, resume: bool) -> dict[str, Any]:
     write_json(Path(task.folder) / RECORD, {"identity": task.identity, "facts": facts})
     return facts
 
-# %% ../nbs/86_childwork.ipynb #37480b1e
+# %% ../nbs/86_childwork.ipynb #0b84ecd4
 def evaluate_task(
     task: Task,
     *,
@@ -289,7 +318,7 @@ def evaluate_task(
         facts = finished_facts(task)
         if facts is None: raise InputError(f"child {task.child_id!r} is not trained yet: call train() first")
         trainer = trainer_of(task, shared)
-        trainer.use_model(Path(task.folder) / "model")
+        trainer.use_model(kept_model(task))
         outcome |= {"facts": facts, "result": getattr(trainer, method)(**(options or {}))}
     return TaskOutcome(**outcome)
 

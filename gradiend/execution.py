@@ -18,7 +18,7 @@ import torch
 from .childwork import Shared, Task, TaskOutcome, run_task
 from .core import InputError, check_choice, progress as progress_bar
 
-# %% ../nbs/86_execution.ipynb #cdad191d
+# %% ../nbs/86_execution.ipynb #36b3ed80
 class SuiteError(RuntimeError):
     "Some children failed; `outcomes` has those of all."
 
@@ -30,16 +30,20 @@ class SuiteError(RuntimeError):
 def tell_failures(
     outcomes: Sequence[TaskOutcome],
     on_error: str, # "report" warns, "raise" raises, "return" does neither
+    *,
+    kept: bool = True, # Whether the work is kept in the folders of the children, as a training is; False for evaluations
 ) -> None:
     "Tell at the end which children failed. Raises SuiteError if asked to."
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if not failed or check_choice("on_error", on_error, ("report", "raise", "return")) == "return": return
     told = "\n".join(f"  {outcome.child_id}: {outcome.error}" for outcome in failed)
-    message = f"{len(failed)} of {len(outcomes)} children failed; the others are finished and kept, and the same call again tries only these:\n{told}"
+    place = "the outcomes of this error" if on_error == "raise" else "what this call returned"
+    rest = "the others are finished and kept, and the same call again tries only these" if kept else f"the results of the others are in {place}, and are stored nowhere else"
+    message = f"{len(failed)} of {len(outcomes)} children failed; {rest}:\n{told}"
     if on_error == "raise": raise SuiteError(message, outcomes)
     warnings.warn(message, UserWarning, stacklevel=4)
 
-# %% ../nbs/86_execution.ipynb #feb037d4
+# %% ../nbs/86_execution.ipynb #3f83e596
 class _Pool:
     "An executor, and the one that replaces it when it breaks."
 
@@ -57,7 +61,7 @@ class _Pool:
         try: self.flying[self.executor.submit(self.work, task)] = task
         except BrokenExecutor: return False
         except Exception as error:  # each library has errors of its own for this
-            raise InputError(f"executor: it takes no work ({type(error).__name__}: {error}). If it was shut down, make a new one and call again; children that are done are skipped") from error
+            raise InputError(f"executor: it takes no work ({type(error).__name__}: {error}). If it was shut down, make a new one and call again; trainings that are done are skipped") from error
         return True
 
     def replace(self) -> list[Task]:
@@ -145,7 +149,7 @@ def check_executor(
             raise InputError(f"executor: its processes are forked, and torch computes with {torch.get_num_threads()} threads here; forked processes would wait for these threads forever. "
                              "Make it with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context('spawn'))")
 
-# %% ../nbs/86_execution.ipynb #be119753
+# %% ../nbs/86_execution.ipynb #0c37c783
 def run_tasks(
     tasks: Sequence[Task], # In any order; each has a name and a folder of its own
     executor: Executor | None = None, # Any executor; None: one after another in this process
@@ -153,6 +157,7 @@ def run_tasks(
     work: Callable[..., TaskOutcome] = run_task, # What is done with each; a function of a module, or a `partial` of one
     retries: int = 1, # How often a task whose worker was lost is tried again
     on_error: str = "report", # "report" warns at the end about children that failed, "raise" raises `SuiteError`, "return" leaves it to the caller
+    kept: bool = True, # Whether the work is kept in the folders of the children; False for evaluations. Only messages depend on it
     shared: Shared | None = None, # Without an executor: what the tasks share
     progress: bool = True, # Show a progress bar at a terminal
 ) -> list[TaskOutcome]: # In the order of the tasks
@@ -160,13 +165,28 @@ def run_tasks(
     if executor is not None: check_executor(executor)
     if len({task.child_id for task in tasks}) < len(tasks): raise InputError("tasks: two of them have the same child_id; give each its own")
     with progress_bar(total=len(tasks), desc="children", disable=None if progress else True) as bar:
-        if executor is None: outcomes = _one_by_one(tasks, work, shared or Shared(), bar.update)
-        else:
-            dispatch, cancel = _Dispatch(executor, work, retries, bar.update), True
-            try: outcomes, cancel = dispatch.run(tasks), False
-            finally: dispatch.close(cancel=cancel)
-    tell_failures(outcomes, on_error)
+        ended = Counter[str]()
+        def step() -> None:
+            ended["children"] += 1
+            bar.update()
+        try: outcomes = _one_by_one(tasks, work, shared or Shared(), step) if executor is None else _handed_over(tasks, _Dispatch(executor, work, retries, step))
+        except KeyboardInterrupt as error: raise KeyboardInterrupt(_stopped(str(error), ended["children"], len(tasks), kept)) from error
+    tell_failures(outcomes, on_error, kept=kept)
     return outcomes
+
+
+def _handed_over(tasks: Sequence[Task], dispatch: _Dispatch) -> list[TaskOutcome]:
+    "Run tasks with an executor; whatever ends this early, what has not begun is taken back."
+    cancel = True
+    try: outcomes, cancel = dispatch.run(tasks), False
+    finally: dispatch.close(cancel=cancel)
+    return outcomes
+
+
+def _stopped(told: str, ended: int, total: int, kept: bool) -> str:
+    "What to say of an interruption."
+    rest = "what they wrote is kept, and the same call again goes on with the others" if kept else "their results are not stored, and the same call again begins anew"
+    return f"{told or 'interrupted'}. {ended} of {total} children had ended; {rest}"
 
 
 def _one_by_one(tasks: Sequence[Task], work: Callable[..., TaskOutcome], shared: Shared, step: Callable[[], Any]) -> list[TaskOutcome]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURES', 'part_values', 'used_entries', 'midranks', 'Sums', 'SimilarityResult', 'similarity_rows', 'similarity']
 
-# %% ../nbs/76_similarities.ipynb #06b779bb
+# %% ../nbs/76_similarities.ipynb #f0c309c3
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .comparison import ONE, EntryGroups, Models, check_comparable, entry_groups, named_models, own_products, shared_products
+from .comparison import ONE, EntryGroups, Models, check_comparable, check_finite, entry_groups, named_models, own_products, shared_products
 from .core import InputError, Readable, check_choice
 from .gradients.space import ParameterSpace
 from .model import GradiendModel
 from .network import PARTS
 from .pruning import topk_count
 
-# %% ../nbs/76_similarities.ipynb #8f665ab4
+# %% ../nbs/76_similarities.ipynb #a2367857
 def part_values(
     model: GradiendModel,
     part: str = "encoder-weight", # One of `PARTS`
@@ -49,7 +49,7 @@ def part_values(
     else: values = bias if part == "decoder-bias" else model.decoder_weight.detach()[:, dimension].to(wide) + bias
     return (values if signed else values.abs()).cpu()
 
-# %% ../nbs/76_similarities.ipynb #e1ce1e89
+# %% ../nbs/76_similarities.ipynb #0ff38d0f
 def used_entries(
     space: ParameterSpace, # What the values mean
     values: Tensor, # `(n,)`
@@ -69,7 +69,7 @@ def used_entries(
         indices.append(index if bool(there.all()) else there.nonzero().flatten() if index is None else index[there])
     return ParameterSpace(space.names, space.shapes, tuple(indices)), values[values != 0]
 
-# %% ../nbs/76_similarities.ipynb #889aa19f
+# %% ../nbs/76_similarities.ipynb #d446f029
 def midranks(
     values: Tensor, # `(n,)`
 ) -> Tensor: # `(n,)` float64, from 1
@@ -91,7 +91,7 @@ def _ranks_by_group(space: ParameterSpace, values: Tensor, groups: EntryGroups) 
         for (a, b), part in zip(runs, ranks.split([b - a for a, b in runs]), strict=True): result[a:b] = part
     return result
 
-# %% ../nbs/76_similarities.ipynb #a143f294
+# %% ../nbs/76_similarities.ipynb #d0905b9f
 @dataclass(frozen=True, eq=False)
 class Sums:
     "Sums over shared weights of all pairs of m models, and over each model's own."
@@ -112,7 +112,7 @@ class Sums:
         mean = {name: self.total(name) / n for pair in self.shared for name in pair}
         return Sums({(p, q): self.shared[ONE, ONE] * np.outer(mean[p], mean[q]) for p, q in self.shared}, self.own)
 
-# %% ../nbs/76_similarities.ipynb #527eba78
+# %% ../nbs/76_similarities.ipynb #8ba50323
 def _cosine(sums: Sums) -> np.ndarray:
     norms = np.sqrt(sums.total("x", "x"))
     return sums("x", "x") / np.outer(norms, norms)
@@ -140,7 +140,7 @@ def _spearman(sums: Sums, p: str = "p") -> np.ndarray:
                - 2 * c * (sums.total("r")[:, None] + z * positive) + c ** 2 * n + z * middle ** 2)
     return (both + (all_a - here) * middle_other + (all_b - here_other) * middle) / np.sqrt(squares * squares.T)
 
-# %% ../nbs/76_similarities.ipynb #d333ab93
+# %% ../nbs/76_similarities.ipynb #f3163efd
 @dataclass(frozen=True)
 class _Measure:
     "How a similarity comes from sums."
@@ -163,7 +163,7 @@ def _features(measure: _Measure, spaces: Sequence[ParameterSpace], values: Seque
         "r": lambda space, v: _ranks_by_group(space, v, groups)}
     return {name: [make(space, v) for space, v in zip(spaces, values, strict=True)] for name, make in makers.items() if name in used}
 
-# %% ../nbs/76_similarities.ipynb #2e45ed5d
+# %% ../nbs/76_similarities.ipynb #0be82625
 @dataclass(frozen=True, eq=False)
 class SimilarityResult(Readable):
     "How alike several directions are."
@@ -190,7 +190,7 @@ class SimilarityResult(Readable):
     def __repr__(self) -> str: return f"SimilarityResult({self.measure} of {self.part}, {len(self.names)} models)\n{self.frame.round(4)}"
     def _repr_html_(self) -> str: return self.frame.round(3).to_html(index=False, border=0)
 
-# %% ../nbs/76_similarities.ipynb #48c6cc86
+# %% ../nbs/76_similarities.ipynb #37c4e778
 def similarity_rows(
     names: Sequence[str], # m models
     group: str, # For the column `group`
@@ -219,7 +219,9 @@ def similarity(
     chosen, named = MEASURES[check_choice("measure", measure, MEASURES)], named_models(models, labels, least=2)
     check_comparable(named)
     names, part = tuple(named), part or "encoder-weight"
-    used = [used_entries(model.space, part_values(model, part, dimension, signed=chosen.signed), topk) for model in named.values()]
+    read = {name: part_values(model, part, dimension, signed=chosen.signed) for name, model in named.items()}
+    for name, whole in read.items(): check_finite(name, whole, part)
+    used = [used_entries(model.space, read[name], topk) for name, model in named.items()]
     spaces, values, groups = [s for s, _ in used], [v for _, v in used], entry_groups(used[0][0], by)
     features = _features(chosen, spaces, values, groups)
     alone = [*((name, ONE) for name in features), *chosen.shared]

@@ -6,7 +6,7 @@
 __all__ = ['READING', 'CHILD_OPTIONS', 'joined_map', 'SuiteTable', 'suite_table', 'SuiteMaterial', 'work_of', 'TrainerSuite',
            'SymmetricTrainerSuite', 'PositiveTrainerSuite', 'TrainerCollection']
 
-# %% ../nbs/86_suite.ipynb #c2d5877b
+# %% ../nbs/86_suite.ipynb #fce96d46
 import inspect
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .children import SHARED, PairDefinition, all_pairs, check_children, children_frame, default_id, positive_pairs
-from .childwork import Shared, Task, TaskOutcome, base_content, evaluate_task, finished_facts, local_outcome, read_record, run_task, saved_base, trainer_of, write_table
+from .childwork import Shared, Task, TaskOutcome, base_content, evaluate_task, finished_facts, kept_model, local_outcome, read_record, run_task, saved_base, trainer_of, write_table
 from .core import InputError, check_choice, write_json
 from .data.classes import class_names, merge_classes, named_order
 from .data.examples import Examples, make_examples
@@ -143,7 +143,7 @@ class SuiteMaterial(TrainerFamily):
 
     def __repr__(self) -> str: return f"{type(self).__name__}({len(self)} children: {', '.join(list(self)[:6])}{', ...' if len(self) > 6 else ''})"
 
-# %% ../nbs/86_suite.ipynb #0ba55cd7
+# %% ../nbs/86_suite.ipynb #c0af9534
 def work_of(
     method: str, # "train", or an evaluation of the trainer
     options: Mapping[str, Any], # For it
@@ -178,7 +178,7 @@ class TrainerSuite(SuiteMaterial):
         return task
 
     def _carry_out(self, method: str, chosen: Sequence[str], options: Mapping[str, Any], executor: Executor | None, running: Mapping[str, Any]) -> list[TaskOutcome]:
-        outcomes = run_tasks([self.claimed(name) for name in chosen], executor, work=work_of(method, options), shared=self.shared, **running)
+        outcomes = run_tasks([self.claimed(name) for name in chosen], executor, work=work_of(method, options), shared=self.shared, kept=method == "train", **running)
         if self.args.cache_gradients == "auto": self.shared.forget_gradients()  # no child needs them now; True keeps them
         return outcomes
 
@@ -186,7 +186,7 @@ class TrainerSuite(SuiteMaterial):
         facts, begun = finished_facts(self.tasks[child_id]), read_record(self.tasks[child_id])
         return TaskOutcome(child_id, self.tasks[child_id].folder, "done" if facts is not None else "not trained" if begun is None else "unfinished", facts or {})
 
-    def _model(self, child_id: str) -> GradiendModel: return GradiendModel.from_pretrained(Path(self.tasks[child_id].folder) / "model")
+    def _model(self, child_id: str) -> GradiendModel: return kept_model(self.tasks[child_id])
 
     def trainer(self, child_id: str) -> TextPredictionTrainer:
         "The trainer of a child, with its trained model and report if there are any; all share one language model."
@@ -194,7 +194,7 @@ class TrainerSuite(SuiteMaterial):
             task = self.tasks[check_choice("child_id", child_id, self)]
             trainer = trainer_of(task, self.shared)
             if finished_facts(task) is not None:
-                trainer.use_model(Path(task.folder) / "model")
+                trainer.use_model(kept_model(task))
                 trainer.report = SeedReport.load(Path(task.folder) / SEEDS)
             self._loaded[child_id] = trainer
         return self._loaded[child_id]
@@ -221,7 +221,7 @@ class PositiveTrainerSuite(TrainerSuite):
     def __init__(self, model: str | Path | PreTrainedModel, data: Any, *, features: Sequence[str | tuple[str, str]] | None = None, mode: str = "single", negative: str = "non_{}", **material: Any) -> None:
         SuiteMaterial.__init__(self, model, data, lambda table: positive_pairs(_all_classes(table, features, "features"), mode=mode, negative=negative), **material)
 
-# %% ../nbs/86_suite.ipynb #a625ef3e
+# %% ../nbs/86_suite.ipynb #061b4a63
 class TrainerCollection(TrainerFamily):
     "Suites, trainers and collections as one family. Members given by keyword have the keyword in front of their names; two children of the same name are an error."
 
@@ -257,11 +257,11 @@ class TrainerCollection(TrainerFamily):
         owners = {name: self._members[name] for name in chosen}
         tasks = [replace(owner.claimed(own), child_id=name) for name, (owner, own) in owners.items() if isinstance(owner, TrainerSuite)]
         common = next((owner.shared for owner, _ in owners.values() if isinstance(owner, TrainerSuite)), None)
-        found = {o.child_id: o for o in run_tasks(tasks, executor, work=work_of(method, options), shared=common, **{**running, "on_error": "return"})}
+        found = {o.child_id: o for o in run_tasks(tasks, executor, work=work_of(method, options), shared=common, kept=method == "train", **{**running, "on_error": "return"})}
         found |= {name: local_outcome(name, owner, method, options) for name, (owner, _) in owners.items() if not isinstance(owner, TrainerSuite)}
         if common is not None and all(task.arguments.get("cache_gradients") == "auto" for task in tasks): common.forget_gradients()
         outcomes = [found[name] for name in chosen]
-        tell_failures(outcomes, running["on_error"])
+        tell_failures(outcomes, running["on_error"], kept=method == "train")
         return outcomes
 
     def __repr__(self) -> str: return f"TrainerCollection({len(self)} children: {', '.join(list(self)[:6])}{', ...' if len(self) > 6 else ''})"

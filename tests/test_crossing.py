@@ -1,5 +1,6 @@
 "Cross-encoding: against one backward pass per row and against tables made by hand."
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -157,6 +158,25 @@ def test_anchors_stand_at_plus_one_whatever_an_encoder_reads(sources, kind):
         assert square.loc["3PL", "3PL"] == pytest.approx(np.mean(own))
         assert crossed.aligned(kind, "n").loc["3PL"].tolist() == [2, 2, 2]
         assert crossed.aligned(kind, "std").loc["3PL", "3PL"] == pytest.approx(np.std(own))
+
+
+def test_an_encoder_that_came_out_the_wrong_way_round_is_turned():
+    crossed, names = by_hand(), ("ab", "bc")
+    turned = {name: values * np.array([-1.0, 1.0]) for name, values in crossed.encoded.items()}
+    wrong = replace(crossed, encoded=turned)
+    assert wrong.matrix().loc["ab", "ab"] == -1
+    for kind in ("factual", "alternative", "source", "transition"): pd.testing.assert_frame_equal(wrong.aligned(kind), crossed.aligned(kind))
+    swapped = replace(wrong, data_pairs={"ab": ("3PL", "3SG"), "bc": ("3PL", "N")})  # its own data, with the classes in the other order
+    assert [wrong._turn(n) for n in names] == [swapped._turn(n) for n in names] == [-1, 1]
+    without = replace(wrong, rows={"bc": wrong.rows["bc"]}, encoded={"bc": turned["bc"]}, data_pairs={"bc": ("3PL", "N")})
+    assert without._turn("ab") == 1  # no data of its own: the label is believed
+    renamed = replace(wrong, rows={"rows": wrong.rows["ab"]}, encoded={"rows": turned["ab"]}, data_pairs={"rows": ("3SG", "3PL")})
+    assert renamed._turn("ab") == -1
+
+
+@pytest.mark.parametrize("metric", ["p_value", "n", "chance", "auc"])
+def test_what_has_no_meaningful_ratio_is_not_normalised(metric):
+    with pytest.raises(InputError, match=f"normalize=True: '{metric}'"): by_hand().matrix(metric, normalize=True)
 
 
 def test_bad_input(bench):

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from gradiend.comparison import entry_groups
+from gradiend.comparison import ONE, entry_groups, shared_products
 from gradiend.core import InputError
 from gradiend.gradients.space import ParameterSpace
 from gradiend.model import GradiendConfig, GradiendModel
-from gradiend.overlap import chance_of_at_least, chance_overlap, kept_expectation, overlap_of, topk_overlap, topk_sets
+from gradiend.overlap import chance_of_at_least, chance_overlap, chance_within_kept, kept_expectation, overlap_of, topk_overlap, topk_sets
 
 SPACE = ParameterSpace.from_model(nn.Sequential(nn.Linear(20, 10), nn.Linear(10, 3)))
 
@@ -104,9 +104,61 @@ def test_expectation_within_the_kept_weights_is_what_blind_drawing_gives():
     rng = np.random.default_rng(0)
     drawn = [len(np.intersect1d(rng.choice(range(0, 120), 30, replace=False), rng.choice(range(60, 200), 50, replace=False)))
              for _ in range(3000)]
-    expected = kept_expectation(spaces, np.array([[30.0, 50.0, 30.0]]), entry_groups(SPACE))[0]
+    shared = shared_products(spaces, {}, [(ONE, ONE)], entry_groups(SPACE))[ONE, ONE]
+    expected = kept_expectation(shared, np.array([[30.0, 50.0, 30.0]]))[0]
+    for x in (1, 4, 7, 10, 13):
+        assert chance_within_kept(x, (30, 50), (120, 140), 60) == pytest.approx(np.mean(np.array(drawn) >= x), abs=0.035)
     assert expected[0, 1] == pytest.approx(np.mean(drawn), abs=0.15)
     assert expected[2, 1] == pytest.approx(30 * 50 / SPACE.full_n)
+
+
+def test_tail_within_kept_is_exact():
+    "Against the double sum in whole numbers, and the same from either side."
+    rng = random.Random(0)
+    for _ in range(300):
+        n_a, n_b = rng.randint(1, 25), rng.randint(1, 25)
+        both, a, b = rng.randint(0, min(n_a, n_b)), rng.randint(0, n_a), rng.randint(0, n_b)
+        x = rng.randint(0, min(a, b) + 1)
+        hits = sum(math.comb(both, j) * math.comb(n_a - both, a - j) * math.comb(j, i) * math.comb(n_b - j, b - i)
+                   for j in range(min(both, a) + 1) for i in range(x, min(j, b) + 1))
+        expected = float(Fraction(hits, math.comb(n_a, a) * math.comb(n_b, b)))
+        found = chance_within_kept(x, (a, b), (n_a, n_b), both)
+        assert found == pytest.approx(expected, rel=1e-9), (x, a, b, n_a, n_b, both)
+        assert found == pytest.approx(chance_within_kept(x, (b, a), (n_b, n_a), both), rel=1e-9)
+
+
+def test_tail_within_kept_of_large_sets():
+    million = 1_000_000
+    whole = chance_within_kept(10_500, (million, million), (100 * million,) * 2, 100 * million)
+    assert whole == pytest.approx(chance_of_at_least(10_500, million, million, 100 * million), rel=1e-6)
+    mean = 200_000 * (200_000 / 2_000_000) / 2  # half of what each kept is common
+    tails = [chance_within_kept(round(mean + d), (200_000, 200_000), (2_000_000, 2_000_000), million) for d in (-1000, 0, 300, 1000)]
+    assert tails[0] > 0.999999 and tails[1] == pytest.approx(0.5, abs=0.01) and tails[2] < 0.01 and 0 < tails[3] < 1e-15
+    one_side = chance_within_kept(120, (1000, 1000), (10_000, million), 10_000)  # only one was pruned: as in the full space
+    assert one_side == pytest.approx(chance_of_at_least(120, 1000, 1000, million), rel=1e-6)
+
+
+def test_same_kept_weights_explain_what_the_full_space_cannot():
+    kept = range(0, 40)
+    row = topk_overlap([model(1, keep=kept), model(2, keep=kept)], topk=20).frame.iloc[0]
+    assert row.p_value < 1e-4 < row.p_within_kept == pytest.approx(chance_of_at_least(row.intersection, 20, 20, 40))
+
+
+def test_sets_that_cannot_be_compared_are_refused():
+    one, two, other = SPACE.keep(range(5)), SPACE.keep(range(3, 9)), ParameterSpace.from_model(nn.Linear(5, 5))
+    with pytest.raises(InputError, match="at least two"): overlap_of({})
+    with pytest.raises(InputError, match="at least two"): overlap_of({"a": one})
+    with pytest.raises(InputError, match="spaces: 'b' cannot be compared with 'a'"): overlap_of({"a": one, "b": other})
+    with pytest.raises(InputError, match="kept: it has no entry for 'b'"): overlap_of({"a": one, "b": two}, {"a": SPACE})
+    with pytest.raises(InputError, match="kept: 'b' cannot be compared"): overlap_of({"a": one, "b": two}, {"a": SPACE, "b": other})
+    with pytest.raises(InputError, match="kept: 'b' has chosen weights"): overlap_of({"a": one, "b": two}, {"a": SPACE, "b": one})
+    assert overlap_of({"a": one, "b": two}, {"a": one, "b": SPACE}).frame["intersection"].tolist() == [2]
+
+
+def test_weights_that_are_no_numbers_are_refused():
+    broken = model(2)
+    with torch.no_grad(): broken.decoder_weight[3] = math.nan
+    with pytest.raises(InputError, match="'broken' has 1 values in its decoder-weight"): topk_overlap({"fine": model(1), "broken": broken}, topk=5)
 
 
 def test_unrelated_models_are_within_chance_and_equal_ones_are_not():
@@ -139,7 +191,8 @@ def test_counts_of_random_sets():
             a, b = set(sets[row.a]), set(sets[row.b])
             assert (row.size_a, row.size_b, row.intersection) == (len(a), len(b), len(a & b))
             assert row.fraction == len(a & b) / max(min(len(a), len(b)), 1) and row.jaccard == len(a & b) / max(len(a | b), 1)
-            assert row.expected_by_chance == row.expected_within_kept == pytest.approx(len(a) * len(b) / n)
+            assert row.p_within_kept == pytest.approx(row.p_value, rel=1e-9) and row.expected_within_kept == pytest.approx(row.expected_by_chance)
+            assert row.expected_by_chance == pytest.approx(len(a) * len(b) / n)
 
 
 def test_groups_divide_the_whole():
@@ -167,7 +220,7 @@ def test_a_share_counts_the_full_space_and_by_takes_a_function():
 
 def test_square_of_every_column():
     result = topk_overlap({"x": model(1), "y": model(2), "z": model(1)}, topk=40)
-    for column in ("fraction", "jaccard", "intersection", "expected_by_chance", "expected_within_kept", "p_value", "z"):
+    for column in ("fraction", "jaccard", "intersection", "expected_by_chance", "expected_within_kept", "p_value", "p_within_kept", "z"):
         square = result.matrix(column)
         assert square.loc["x", "y"] == square.loc["y", "x"] == result.frame[column][0]
         assert np.isnan(square.loc["x", "x"]) == (column not in ("fraction", "jaccard", "intersection"))
@@ -184,6 +237,9 @@ def test_other_spaces_and_other_base_models_are_refused():
     with pytest.raises(InputError, match="trained on one .* on two"):
         topk_overlap([model(0, base=bases[0]), model(1, base=bases[1])], topk=5)
     assert len(topk_overlap([model(0, base=bases[0]), model(1, base=bases[0])], topk=5).frame) == 1
+    with pytest.raises(InputError, match="'x' and 'y' cannot be compared: 'x' was trained on one"):  # the first model knows nothing
+        topk_overlap({"w": model(2), "x": model(0, base=bases[0]), "y": model(1, base=bases[1])}, topk=5)
+    assert len(topk_overlap([model(2), model(0, base=bases[0]), model(3), model(1, base=bases[0])], topk=5).frame) == 6
 
 
 def test_too_few_weights_are_refused():

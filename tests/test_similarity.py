@@ -249,3 +249,10 @@ def test_result():
     assert math.isnan(result.matrix("0", "expected_by_chance").loc["x", "x"])
     with pytest.raises(InputError, match="column='used_a'"): result.matrix("0", "used_a")
     assert replace(result, groups=("0",)).matrix().shape == (2, 2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_refused(value):
+    fine, broken = model(np.ones(SPACE.n)), model([value, *np.ones(SPACE.n - 1)])
+    for measure in MEASURES:
+        with pytest.raises(InputError, match="'broken' has 1 values in its encoder-weight"): similarity({"fine": fine, "broken": broken}, measure)

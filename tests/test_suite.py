@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from transformers.utils.logging import is_progress_bar_enabled
 
 from gradiend.children import SHARED, PairDefinition
 from gradiend.childwork import RECORD, Shared, run_task
@@ -86,12 +87,14 @@ def test_a_rerun_skips_and_a_new_start_does_not(base, tmp_path):
     assert len(weights(again)) == 3 and again.frame["correlation"].notna().all()
 
 
-def test_pools_of_processes_give_the_same_bits(base, tmp_path):
+def test_pools_of_processes_give_the_same_bits(base, tmp_path, capfd):
     here, there = suite(base, tmp_path / "here", LOOP), suite(base, tmp_path / "there", LOOP)
     quietly(here.train)
+    assert "Loading weights" in capfd.readouterr().err and is_progress_bar_enabled()
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as pool:
         report = there.train(pool)
         encoded = there.evaluate_encoder(pool, bootstrap=0)
+    assert "Loading weights" not in capfd.readouterr().err  # of workers
     assert set(report.frame["status"]) == {"done"} and weights(here) == weights(there)
     for name, result in here.evaluate_encoder(bootstrap=0).items(): pd.testing.assert_frame_equal(result.frame, encoded[name].frame)
 
@@ -126,7 +129,12 @@ def test_one_child_fails_the_others_do_not(base, tmp_path):
     assert one.frame["status"].tolist() == ["not trained", "done", "not trained"]
     with pytest.raises(InputError, match=r"2 of 3 children are not trained: he__it, it__they; .*children=\['he__they'\]"): one.similarity()
     assert list(one.get_models(["he__they"])) == ["he__they"]
-    with pytest.warns(UserWarning, match="not trained yet"): results = one.evaluate_encoder(bootstrap=0)
+    with pytest.warns(UserWarning, match="not trained yet") as told: results = one.evaluate_encoder(bootstrap=0)
+    said_last = str(told[-1].message)
+    assert "the results of the others are in what this call returned" in said_last and "same call again" not in said_last and list(results) == ["he__they"]
+    with pytest.raises(SuiteError, match="in the outcomes of this error") as error: one.evaluate_encoder(bootstrap=0, on_error="raise")
+    assert error.value.outcomes[1].result.correlation == results["he__they"].correlation
+    with pytest.warns(UserWarning, match="the results of the others are in what this call returned"): TrainerCollection(one).evaluate_encoder(bootstrap=0)
     with pytest.raises(KeyError, match="not trained yet"): results["he__it"]
 
 
@@ -139,11 +147,28 @@ def test_ctrl_c_keeps_what_is_finished_and_goes_on_later(base, tmp_path, monkeyp
         if count[0] == 8 + 6: raise KeyboardInterrupt
         step(self, batch, total)
     monkeypatch.setattr(Training, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="he__they was interrupted after 5 steps"): quietly(broken.train)
+    with pytest.raises(KeyboardInterrupt, match="he__they was interrupted after 5 steps; its state is saved. 1 of 3 children had ended; what they wrote is kept"): quietly(broken.train)
     monkeypatch.setattr(Training, "step", step)
     assert broken.frame["status"].tolist() == ["done", "unfinished", "not trained"]
     report = quietly(broken.train)
     assert report.frame["status"].tolist() == ["skipped", "done", "done"] and weights(broken) == weights(whole)
+
+
+class Interrupted(Executor):
+    "Finishes one task; Ctrl-C reaches the worker of the second."
+    taken = 0
+    def submit(self, function, task):
+        self.taken += 1
+        future = Future()
+        if self.taken == 1: future.set_result(function(task))
+        elif self.taken == 2: future.set_exception(KeyboardInterrupt("a worker was interrupted"))
+        return future
+
+
+def test_an_interrupted_executor_says_what_is_kept(base, tmp_path):
+    tasks = tasks_of(base, tmp_path, 4)
+    with pytest.raises(KeyboardInterrupt, match=r"a worker was interrupted\. [01] of 4 children had ended; what they wrote is kept"): run_tasks(tasks, Interrupted(), work=said)
+    with pytest.raises(KeyboardInterrupt, match="their results are not stored"): run_tasks(tasks, Interrupted(), work=said, kept=False)
 
 
 # --- what is not ours -------------------------------------------------------------------------------------------
@@ -177,15 +202,43 @@ def test_a_damaged_record_is_an_error(base, tmp_path):
     one.train()
     (tmp_path / "he__she" / RECORD).write_text("[]")
     with pytest.raises(InputError, match="no record of a child"): one.train()
+    for text in ("[]", '{"identity": ', '{"identity": 3}'):
+        (tmp_path / "he__she" / RECORD).write_text(text)
+        with pytest.raises(InputError, match="no record of a child.*move the folder away, and train"): one.train()
+    (tmp_path / "he__she").rename(tmp_path / "away")  # what the message says
+    assert one.train().frame["status"].tolist() == ["done", "skipped", "skipped"]
 
 
-def test_a_trainer_alone_in_the_folder_is_not_overwritten(base, tmp_path):
+def test_a_damaged_model_is_an_error_that_says_how_to_make_it_anew(base, tmp_path):
+    suite(base, tmp_path).train()
+    one, before = suite(base, tmp_path), weights(suite(base, tmp_path))
+    (tmp_path / "he__she/model/model.safetensors").write_bytes(b"cut off")
+    remedy = re.escape("train(resume=False, children=['he__she'])")
+    with pytest.raises(InputError, match=remedy): one.get_models()
+    with pytest.raises(InputError, match=remedy): one.trainer("he__she")
+    with pytest.warns(UserWarning, match=remedy): one.evaluate_encoder(bootstrap=0)
+    one.train(resume=False, children=["he__she"])
+    assert weights(one) == before and len(one.get_models()) == 3
+
+
+@pytest.mark.parametrize("left", ["model", "seeds", "checkpoint.safetensors"])
+def test_a_trainer_alone_in_the_folder_is_not_overwritten(base, tmp_path, left):
+    import shutil
     alone = TextPredictionTrainer(base, DATA, args=replace(DIRECT, source="diff", experiment_dir=str(tmp_path)), target_classes=("he", "she"), run_id="he__she")
     alone.train()
-    kept = (tmp_path / "he__she/model/model.safetensors").read_bytes()
-    with pytest.warns(UserWarning, match="1 of 3 children failed"): report = suite(base, tmp_path).train()
-    assert report.failed == ("he__she",) and "arguments.source" in report.frame.loc["he__she", "error"]
-    assert (tmp_path / "he__she/model/model.safetensors").read_bytes() == kept
+    folder = tmp_path / "he__she"
+    for path in list(folder.iterdir()):  # one sign of a training is enough
+        if path.name != left: shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if left == "checkpoint.safetensors": (folder / left).write_bytes(b"the state of an unfinished run")
+    kept = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    one = suite(base, tmp_path)
+    told = re.escape(f"the folder {str(folder)!r} is not of this suite: it holds {left!r}") + ".*another run_id, or move the folder away"
+    for resume in (True, False):
+        with pytest.raises(InputError, match=told): one.train(resume=resume)
+        assert re.search(told, run_task(one.tasks["he__she"], resume=resume).error)
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == kept and not (tmp_path / "he__they").exists()
+    folder.rename(tmp_path / "away")
+    assert set(one.train().frame["status"]) == {"done"}
 
 
 # --- executors ---------------------------------------------------------------------------------------------------
@@ -310,6 +363,8 @@ def test_bad_input(base, tmp_path):
     with pytest.raises(InputError, match="pair_filter"): suite(base, tmp_path, kind=TrainerSuite, target_pairs=[("he", "she")], pair_filter=lambda a, b: True)
     with pytest.raises(InputError, match="run_id"): SymmetricTrainerSuite(base, DATA, args=DIRECT, run_id="x")
     with pytest.raises(InputError, match="children='x'"): suite(base, tmp_path).train(children=["x"])
+    for action in ("train", "evaluate_encoder", "evaluate_decoder", "get_models", "similarity", "cross_encode", "topk_overlap", "plot_similarity"):
+        with pytest.raises(InputError, match="names none"): getattr(suite(base, tmp_path), action)(children=[])
     with pytest.raises(InputError, match="neither embedded"): SymmetricTrainerSuite("no/such-model-anywhere", DATA, args=DIRECT).train()
     odd = {name: table.assign(when=pd.Timestamp(0)) for name, table in DATA.items()}
     with pytest.raises(InputError, match="the column 'when'"): SymmetricTrainerSuite(base, odd, args=DIRECT).train()
@@ -377,3 +432,30 @@ def test_kept_gradients_go_when_the_suite_is_through_unless_asked_for(base, tmp_
         family = suite(base, tmp_path / str(asked), replace(LOOP, cache_gradients=asked, num_train_epochs=4))
         assert set(family.train(progress=False).frame["status"]) == {"done"}
         assert (tmp_path / str(asked) / SHARED / "gradients").exists() == stays
+
+
+def test_figures_take_options_of_the_comparison_and_of_the_drawing(base, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from gradiend import family
+    one, drawn = suite(base, tmp_path, kind=TrainerSuite, target_pairs=[("he", "she"), ("he", "they")]), {}
+    one.train()
+    def watched(name):
+        draw = getattr(family, name)
+        def drawing(result, **options):
+            drawn[name] = result
+            return draw(result, **options)
+        monkeypatch.setattr(family, name, drawing)
+    for name in ("plot_similarity_heatmap", "plot_cross_encoding", "plot_topk_overlap"): watched(name)
+    alike, crossed, shared = {"part": "decoder-weight", "topk": 40, "measure": "cosine_signed"}, {"split": "train", "max_size": 6}, {"topk": 30, "by": "layer"}
+    one.plot_similarity(**alike, title="alike", annot=False)
+    one.plot_cross_encoding(**crossed, title="crossed", metric="positive_minus_negative")
+    one.plot_topk_overlap(**shared, kind="heatmap", column="jaccard", group="bert.encoder.layer.1")
+    pd.testing.assert_frame_equal(drawn["plot_similarity_heatmap"].frame, one.similarity(**alike).frame)
+    pd.testing.assert_frame_equal(drawn["plot_cross_encoding"].matrix(), one.cross_encode(**crossed).matrix())
+    pd.testing.assert_frame_equal(drawn["plot_topk_overlap"].frame, one.topk_overlap(**shared).frame)
+    assert (tmp_path / SHARED / "figures/similarity.png").is_file()
+    for plot, result, given in ((one.plot_similarity, one.similarity(), alike), (one.plot_cross_encoding, one.cross_encode(), crossed), (one.plot_topk_overlap, one.topk_overlap(topk=30), shared)):
+        plot(result, title="given") if plot != one.plot_topk_overlap else plot(result)
+        for name, value in {**given, "children": ["he__she"]}.items():
+            with pytest.raises(InputError, match=f"^{name}: the result holds a comparison already"): plot(result, **{name: value})
+    with pytest.raises((InputError, TypeError), match="colour"): one.plot_similarity(colour="red")

@@ -166,6 +166,26 @@ def test_every_size_can_be_drawn_and_read(m):
     if m > 1: assert ax.get_yticklabels()[0].get_window_extent(renderer).height <= 1.6 * box.height / m
 
 
+def overlaps(a, b):
+    return a.x0 < b.x1 - 1 and b.x0 < a.x1 - 1 and a.y0 < b.y1 - 1 and b.y0 < a.y1 - 1
+
+
+@pytest.mark.parametrize("how", ["own", "axes"])
+@pytest.mark.parametrize("strip", [False, True])
+def test_bar_note_and_names_of_groups_keep_apart(how, strip):
+    matrix, note = square(3), "By chance a pair would share 1.2 to 140.5 weights, of those that both models kept after they had been pruned"
+    metric = pd.Series([0.9, 0.8, 0.3], index=matrix.index, name="correlation") if strip else None
+    ax = plot_comparison_heatmap(matrix, groups={"Grammatical number": ["f0"], "Person": ["f1"]}, row_metric=metric, note=note, colorbar_label="shared",
+                                 ax=plt.figure(figsize=(8, 5)).subplots() if how == "axes" else None)
+    ax.figure.draw_without_rendering()
+    bar, shown = ax.figure.axes[-1].get_window_extent(), ax.xaxis.label
+    for text in ax.texts: assert not overlaps(text.get_window_extent(), bar), text.get_text()
+    for text in (*ax.texts, *ax.get_xticklabels()): assert not overlaps(text.get_window_extent(), shown.get_window_extent()), text.get_text()
+    assert shown.get_text().split() == note.split() and "\n" in shown.get_text()
+    assert shown.get_window_extent().x1 <= ax.figure.bbox.x1
+    if how == "own": assert shown.get_window_extent().y0 >= 0 and ax.get_aspect() == 1  # other people's axes leave the room that they leave
+
+
 def test_file_axes_and_global_state(tmp_path):
     before, given_ax = dict(matplotlib.rcParams), plt.figure().subplots()
     assert plot_comparison_heatmap(square(3), ax=given_ax, output=tmp_path / "new/figure.png") is given_ax

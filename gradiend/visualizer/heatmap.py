@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['cell_size', 'plot_comparison_heatmap', 'plot_similarity_heatmap', 'plot_cross_encoding']
 
-# %% ../../nbs/83_visualizer.heatmap.ipynb #3d76310c
+# %% ../../nbs/83_visualizer.heatmap.ipynb #f7c96df0
 import math
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ..similarities import SimilarityResult, similarity
 from .arrangement import Arrangement, arrange, colour_norm, trivial_diagonal
 from .style import INK, NEUTRAL, PALETTE, finish, new_axes
 
-# %% ../../nbs/83_visualizer.heatmap.ipynb #11619db9
+# %% ../../nbs/83_visualizer.heatmap.ipynb #c43a5e72
 def cell_size(
     rows: int,
     columns: int,
@@ -38,7 +39,14 @@ def _figure_size(arranged: Arrangement, labels: tuple[list[str], list[str]], str
     font = 0.6 * min(9, 60 * cell) / 72 # width of a letter
     left, below = (font * max(map(len, side), default=0) for side in labels)
     group = 0.1 * max((len(name) for name, _, _ in arranged.spans), default=0)
-    return (columns * cell + left + group + 1.3 + 0.6 * strip, rows * cell + (below if columns > 15 else 0.75 * below) + 0.75 * group + 0.9)
+    beside = 1.3 + 0.3 * bool(arranged.spans) + strip * max(0.6, 1.6 * cell)
+    return (columns * cell + left + group + beside, rows * cell + (below if columns > 15 else 0.75 * below) + 0.75 * group + 0.9)
+
+# %% ../../nbs/83_visualizer.heatmap.ipynb #4e516015
+def _wrapped(note: str, inches: float) -> str:
+    "A note in lines that fit into a width, in letters of eight points."
+    letters = max(24, int(72 * inches / (0.56 * 8)))
+    return "\n".join(textwrap.fill(line, letters, break_on_hyphens=False) for line in note.splitlines())
 
 # %% ../../nbs/83_visualizer.heatmap.ipynb #fe51f40f
 def _shown(names: Sequence[Any], mapping: Mapping[str, str] | None, argument: str) -> list[str]:
@@ -81,7 +89,7 @@ def _numbers(ax: Any, image: Any, values: np.ndarray, fmt: str, size: float) -> 
     for i, j in zip(*np.nonzero(np.isfinite(values)), strict=True):
         ax.text(j, i, _text(values[i, j], fmt), ha="center", va="center", fontsize=size, color=INK if bright[i, j] else "white")
 
-# %% ../../nbs/83_visualizer.heatmap.ipynb #3d92f198
+# %% ../../nbs/83_visualizer.heatmap.ipynb #b0e6bd42
 def _brackets(ax: Any, spans: Sequence[tuple[str, int, int]], square: bool, points: float, right: float) -> float:
     "Group names with brackets at the right of the rows, and above the columns of a square matrix; returns the points above."
     above = 0.0
@@ -109,7 +117,7 @@ def _strip(ax: Any, metric: pd.Series, points: float) -> float:
     columns, rows = round(ax.get_xlim()[1] + 0.5), len(metric)
     start, values = columns - 0.5 + 5 / max(points, 1), metric.to_numpy(float)
     width = max(1.0, 18 / max(points, 1))
-    image = ax.imshow(values[:, None], cmap="Greys", aspect="auto", extent=(start, start + width, rows - 0.5, -0.5), vmin=0,
+    image = ax.imshow(values[:, None], cmap="Greys", aspect="equal", extent=(start, start + width, rows - 0.5, -0.5), vmin=0,
                       vmax=max(1.0, float(np.nanmax(np.abs(values), initial=0.0))), clip_on=False)
     ax.set_xlim(-0.5, columns - 0.5)
     size = min(7.0, 0.75 * points)
@@ -141,7 +149,7 @@ def _strokes(ax: Any, cells: np.ndarray, values: np.ndarray) -> None:
     places = [(i, j) for i, j in zip(*np.nonzero(cells & np.isfinite(values)), strict=True)]
     ax.add_collection(collections.LineCollection([[(j - 0.42, i + 0.42), (j + 0.42, i - 0.42)] for i, j in places], colors=NEUTRAL, linewidths=0.8))
 
-# %% ../../nbs/83_visualizer.heatmap.ipynb #e528d255
+# %% ../../nbs/83_visualizer.heatmap.ipynb #450e0451
 def _as_matrix(matrix: Any) -> pd.DataFrame:
     "A matrix of numbers with names on both sides. Raises InputError or TypeError for anything else."
     table = matrix if isinstance(matrix, pd.DataFrame) else matrix.matrix() if callable(getattr(matrix, "matrix", None)) else None
@@ -188,9 +196,33 @@ def _write(ax: Any, image: Any, shown: np.ndarray, annot: bool | str, fmt: str, 
     if annot is True or (annot == "auto" and shown.size <= 2500 and size >= 4.5): _numbers(ax, image, shown, fmt, max(size, 3.0))
 
 
+def _placed(ax: Any, figsize: tuple[float, float] | None, natural: tuple[float, float], note: str, rows: Sequence[str]) -> tuple[Any, str]:
+    "Axes to draw on, and the note in lines that fit below them. Raises InputError if a size is given with axes that have one."
+    names = 0.075 * max(map(len, rows), default=0)
+    if ax is None:
+        width, height = figsize or natural
+        note = _wrapped(note, 0.775 * width - names)
+        lines = 0 if figsize else note.count("\n")
+        return new_axes(figsize=(width, height + 0.16 * lines))[0][0], note
+    if figsize is not None: raise InputError("figsize: the axes are given, so their figure has its size already; leave one of the two out")
+    return ax, _wrapped(note, ax.figure.get_size_inches()[0] * ax.get_position().width - names)
+
+# %% ../../nbs/83_visualizer.heatmap.ipynb #8ef275c2
+def _overhang(ax: Any) -> tuple[float, float]:
+    "How far the words around a matrix reach, measured: beyond its right edge in widths of the axes, and below the names of columns in points."
+    box, scale = ax.get_window_extent(), 72 / ax.figure.dpi
+    found = [text.get_window_extent() for text in ax.texts]
+    names = min((text.get_window_extent().y0 for text in ax.get_xticklabels()), default=box.y0)
+    lowest = min((at.y0 for at in found), default=names)
+    return max((at.x1 - box.x1 for at in found), default=0.0) / max(box.width, 1), max(0.0, names - lowest) * scale
+
+
 def _frame(ax: Any, image: Any, above: float, words: Mapping[str, str]) -> None:
     "The scale of the colours and the words around the picture; `above` points are taken by brackets."
-    bar = ax.figure.colorbar(image, ax=ax, shrink=0.7, pad=0.02, aspect=25)
+    right, below = _overhang(ax)
+    beyond = max(0.0, right if ax.figure.get_layout_engine() is None else min(0.03, right)) # a layout engine makes most of that room
+    bar = ax.figure.colorbar(image, ax=ax, shrink=0.7, pad=0.02 + beyond, aspect=25)
+    ax.xaxis.labelpad = 4 + below
     bar.set_label(words["bar"], fontsize=8, color=INK)
     bar.ax.tick_params(labelsize=7, length=2)
     bar.outline.set_visible(False)
@@ -202,7 +234,7 @@ def _frame(ax: Any, image: Any, above: float, words: Mapping[str, str]) -> None:
         if words["xlabel"]: ax.annotate(xy=(0, 0), xycoords=("axes fraction", ax.xaxis.label), xytext=(0, -4), textcoords="offset points", annotation_clip=False, **note)
         else: ax.set_xlabel(words["note"], fontsize=8, color=NEUTRAL, loc="left")
 
-# %% ../../nbs/83_visualizer.heatmap.ipynb #5227d631
+# %% ../../nbs/83_visualizer.heatmap.ipynb #2f61d17f
 def plot_comparison_heatmap(
     matrix: Any, # A data frame with names on both sides, or a result with `matrix()`
     *,
@@ -239,9 +271,8 @@ def plot_comparison_heatmap(
     labels = _shown(sides[0], row_labels, "row_labels"), _shown(sides[1], row_labels if column_labels is None and arranged.square else column_labels, "column_labels")
     norm, both = colour_norm(shown, scale, scale_gamma, vmin, vmax)
     text, metric = _format(shown, fmt), None if row_metric is None else _metric(row_metric, arranged)
-    if ax is not None and figsize is not None: raise InputError("figsize: the axes are given, so their figure has its size already; leave one of the two out")
-    natural = figsize is None and ax is None
-    ax = ax if ax is not None else new_axes(figsize=figsize or _figure_size(arranged, labels, metric is not None))[0][0]
+    natural = figsize is None and ax is None # then the size of a cell is known, else it is estimated
+    ax, note = _placed(ax, figsize, _figure_size(arranged, labels, metric is not None), note, labels[0])
     points = 72 * cell_size(*shown.shape) if natural else _cell_points(ax, *shown.shape)
     image = ax.imshow(shown, cmap=_colours(cmap or ("RdBu_r" if both else "viridis")), norm=norm, aspect="equal")
     ax.set_autoscale_on(False)

@@ -77,16 +77,16 @@ def _draw_shapes(ax: Any, sets: Mapping[str, frozenset[int]]) -> list[str]:
                 va="center", ha="left")
     return []
 
-# %% ../../nbs/83_visualizer.topk.ipynb #00394b47
+# %% ../../nbs/83_visualizer.topk.ipynb #928395a3
 COLUMN_LABELS = {"fraction": "shared weights, % of the smaller set", "intersection": "shared weights", "jaccard": "Jaccard index, %",
                  "expected_by_chance": "weights shared by chance", "expected_within_kept": "weights shared by chance, within the kept",
-                 "p_value": "probability by chance", "z": "standard deviations above chance"}
+                 "p_value": "probability by chance", "p_within_kept": "probability by chance, within the kept", "z": "standard deviations above chance"}
 
 
 def _heatmap_options(column: str) -> dict[str, Any]:
     "How a column of the comparison is shown, unless the caller says otherwise."
     label = COLUMN_LABELS[check_choice("column", column, COLUMN_LABELS)]
-    return {"percentages": column in ("fraction", "jaccard"), "colorbar_label": label, "fmt": ".0e" if column == "p_value" else None}
+    return {"percentages": column in ("fraction", "jaccard"), "colorbar_label": label, "fmt": ".0e" if column in ("p_value", "p_within_kept") else None}
 
 # %% ../../nbs/83_visualizer.topk.ipynb #137cbce4
 def _chance_line(overlap: OverlapResult, unit: str = "weights", group: str | None = None) -> str:
