@@ -20,7 +20,7 @@ from ..core import InputError, check_choice, optional_import
 from ..crossing import CrossEncoding
 from ..similarities import SimilarityResult, similarity
 from .arrangement import Arrangement, arrange, colour_norm, trivial_diagonal
-from .style import INK, NEUTRAL, PALETTE, finish, new_axes
+from .style import FIGSIZE, INK, NEUTRAL, PALETTE, finish, new_axes
 
 # %% ../../nbs/83_visualizer.heatmap.ipynb #c43a5e72
 def cell_size(
@@ -203,7 +203,7 @@ def _placed(ax: Any, figsize: tuple[float, float] | None, natural: tuple[float, 
         width, height = figsize or natural
         note = _wrapped(note, 0.775 * width - names)
         lines = 0 if figsize else note.count("\n")
-        return new_axes(figsize=(width, height + 0.16 * lines))[0][0], note
+        return new_axes(figsize=(width, height + (0 if height <= FIGSIZE[1] < height + 0.16 * lines else 0.16 * lines)))[0][0], note
     if figsize is not None: raise InputError("figsize: the axes are given, so their figure has its size already; leave one of the two out")
     return ax, _wrapped(note, ax.figure.get_size_inches()[0] * ax.get_position().width - names)
 
