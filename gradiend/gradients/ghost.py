@@ -6,8 +6,8 @@
 __all__ = ['MANY', 'CHUNK', 'SCALE', 'NotRowAligned', 'Use', 'recording', 'signals', 'check_rows', 'rows_may_be_confused',
            'sum_type', 'products', 'entries']
 
-# %% ../../nbs/19_gradients.ghost.ipynb #b18ac26e
-from collections.abc import Iterator, Mapping, Sequence
+# %% ../../nbs/19_gradients.ghost.ipynb #6a1644db
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,21 +57,30 @@ class _Layout:
         if len(output) == 1 and self.places is not None and output.shape[1] == len(self.places): return output, self.owner[self.places], True
         raise NotRowAligned(f"engine: module {name!r} returns shape {tuple(output.shape)}, whose first dimension does not count the {len(self.owner)} inputs; use engine='jvp' or 'loop', or leave its parameters out of the space")
 
-# %% ../../nbs/19_gradients.ghost.ipynb #8d23fed3
+# %% ../../nbs/19_gradients.ghost.ipynb #ed79e9b2
+def _mapped(change: Callable[[Any], Any], inputs: Any) -> Any:
+    "The inputs of a module with every leaf changed. Most modules read tensors only, and for them a walk over nested containers would cost more than a small layer."
+    args, kwargs = inputs
+    if not kwargs and all(isinstance(x, Tensor) for x in args): return tuple(map(change, args)), {}
+    return tree_map(change, inputs)
+
+
 def _same_layout(inputs: Any, rows: int, sequence: bool) -> Any:
     "Detached inputs with one piece per row in front, where they have any."
     def arrange(x: Any) -> Any:
         if not isinstance(x, Tensor): return x
         if not x.ndim or len(x) != 1: return x.detach()
         return x.detach().transpose(0, 1) if sequence else x.detach().expand(rows, *x.shape[1:])
-    return tree_map(arrange, inputs)
+    return _mapped(arrange, inputs)
 
 
-def _versions(x: Any) -> list[tuple[Tensor, int]]:
+def _versions(inputs: Any, output: Tensor) -> list[tuple[Tensor, int]]:
     "Tensors with the number of times they were changed in place."
-    return [(t, t._version) for t in tree_flatten(x)[0] if isinstance(t, Tensor) and not t.is_inference()]
+    found = [output]
+    _mapped(lambda x: found.append(x) if isinstance(x, Tensor) else None, inputs)
+    return [(t, t._version) for t in found if not t.is_inference()]
 
-# %% ../../nbs/19_gradients.ghost.ipynb #96995422
+# %% ../../nbs/19_gradients.ghost.ipynb #cd6d74f2
 @contextmanager
 def recording(
     model: nn.Module, # Any model; `requires_grad` is set for the parameters below and for no others
@@ -93,7 +102,7 @@ def recording(
         output, row, sequence = layout.cut(name, result)
         begins = not output.requires_grad
         output = output.detach().requires_grad_() if begins else output
-        watched.extend(_versions((args, kwargs, output)))
+        watched.extend(_versions((args, kwargs), output))
         uses.append(Use(name, module, local, _same_layout((args, kwargs), len(owner), sequence), row, output, sequence, output.new_zeros(0)))
         return output.clone() if begins else output  # code that changes the output in place must not meet a leaf
 
@@ -264,7 +273,7 @@ def _norm_gradients(use: Use) -> dict[str, Tensor]: # `(L, *shape)` by name
     s, shape = _work(use.signal), (len(use.row), -1, *module.normalized_shape)
     return {"weight": (s * x).reshape(shape).sum(1), "bias": s.reshape(shape).sum(1)}
 
-# %% ../../nbs/19_gradients.ghost.ipynb #2ab5cee1
+# %% ../../nbs/19_gradients.ghost.ipynb #4b36ebe1
 SCALE = 1.7 # A weight that no norm has
 
 
@@ -276,7 +285,7 @@ def _scale_gradients(use: Use) -> dict[str, Tensor] | None: # `(L, d)` by name
     base = output(torch.zeros_like(weight))
     if base.shape != use.signal.shape or base.shape[-1] != len(weight): return None
     factor = (output(torch.full_like(weight, SCALE)) - base) / SCALE
-    first = tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.ndim and len(t) == len(use.row) else t, use.inputs)
+    first = _mapped(lambda t: t[:1] if isinstance(t, Tensor) and t.ndim and len(t) == len(use.row) else t, use.inputs)
     if not torch.allclose(output(weight, first), base[:1] + weight * factor[:1], rtol=1e-4, atol=1e-5): return None
     return {"weight": (use.signal * factor).reshape(len(use.row), -1, len(weight)).sum(1)}
 

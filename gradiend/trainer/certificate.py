@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLASS_AXIS', 'training_examples', 'explained_energy', 'explained_by', 'target_energy', 'Certificate']
 
-# %% ../../nbs/53_trainer.certificate.ipynb #3a8eaf45
+# %% ../../nbs/53_trainer.certificate.ipynb #8af315d4
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..core import InputError, Readable
 from ..model import ACTIVATIONS, GradiendModel
-from .sweeps import GradientRows
+from .sweeps import GradientRows, squared_lengths
 
 # %% ../../nbs/53_trainer.certificate.ipynb #be3cf64e
 @lru_cache(maxsize=8)
@@ -87,7 +87,7 @@ def explained_by(
         if bias is not None: left = left - bias.detach().double().to(mean_target.device)
         return explained_energy(h, drawn[:, k:], shares, gram=(decoder @ decoder.T).double().cpu(), offset=float(left.square().sum()))
 
-# %% ../../nbs/53_trainer.certificate.ipynb #ac38b8c4
+# %% ../../nbs/53_trainer.certificate.ipynb #3e75aaaf
 def target_energy(
     rows: GradientRows, # The training rows
     kind: str, # Which gradient is the target
@@ -100,17 +100,17 @@ def target_energy(
 ) -> tuple[float, float]: # The energy and its standard error (0 if all rows were looked at)
     "Mean squared distance of the training examples' targets from the overall mean."
     rng, present = np.random.default_rng(seed), np.unique(codes)
-    classes = means[torch.from_numpy(present)].double()
-    between = float((classes - classes.mean(0)).square().sum(1).mean())
+    classes = means[torch.from_numpy(present)]
+    between = float(squared_lengths(classes - classes.mean(0)).mean())
     if not factors.any(): return between, 0.0
     own = [np.flatnonzero(codes == c) for c in present]
     chosen = own if sample >= rows.rows else [np.sort(rng.permutation(r)[:max(2, sample // len(present))]) for r in own]
     norms = rows.squared_norms(np.concatenate(chosen), kind)
     within = variance = 0.0
-    for all_rows, part, values, mean in zip(own, chosen, norms.split([len(c) for c in chosen]), classes, strict=True):
+    for all_rows, part, values, mean in zip(own, chosen, norms.split([len(c) for c in chosen]), squared_lengths(classes).tolist(), strict=True):
         left = float(factors[all_rows[0]]) ** 2 / len(present)
         unseen = 1 - len(part) / len(all_rows)
-        within += left * max(float(values.mean() - mean.square().sum()), 0.0)
+        within += left * max(float(values.mean()) - mean, 0.0)
         variance += left**2 * unseen * (float(values.var()) if len(part) > 1 else 0.0) / len(part)
     return between + within, math.sqrt(variance)
 

@@ -30,9 +30,9 @@ from .solution import Directions, Fitted, Problem, assemble, calibrated, class_m
 from .solution import solve_decoder, solve_decoder_stored, solve_encoder, solve_encoder_stored, spectral_problem
 from .sweeps import GradientRows, ModelRows, StoreRows, sweeps_frame
 
-# %% ../../nbs/53_trainer.spectral.ipynb #d2705b4f
+# %% ../../nbs/53_trainer.spectral.ipynb #a05f5e2c
 BUDGET = 20.0 # Forward passes over the training rows that "auto" keeps within
-NORM_ROWS = 32 # Rows whose length is measured, unless asked otherwise
+NORM_ROWS = 16 # Rows whose length is measured, unless asked otherwise
 TOLERANCE = 0.25 # Residual of the first singular value, relative, from which on "auto" takes another step of the decoder
 
 
@@ -210,7 +210,7 @@ def _model_info(examples: Examples, certificate: Certificate, rows: GradientRows
     return {"solver": "spectral", "certificate": facts, "sweeps": sweeps_frame(rows.sweeps).to_dict("records"), "note": note,
             "data": {"fingerprint": examples.fingerprint, "pair": list(examples.pair), "rows": sizes}}
 
-# %% ../../nbs/53_trainer.spectral.ipynb #ca67aff7
+# %% ../../nbs/53_trainer.spectral.ipynb #cd179757
 def _rows_of_fit(model: nn.Module, objective: Objective, examples: Examples, space: ParameterSpace, problem: Problem, store: GradientStore | None, *,
                  batch_size: int, folder: str | Path | None, progress: bool, total: int | None) -> GradientRows:
     "Training rows that can be multiplied, from the model or from a store. Raises InputError if the store holds other gradients."
@@ -237,7 +237,7 @@ def fit_spectral(
     store: GradientStore | None = None, # Gradients of exactly the training rows: exact solution
     ridge: float | None = None, # Penalty of the encoder's regression; None: early stopping, or generalised cross-validation with a store
     budget: float = BUDGET, # Forward passes over the training rows that "auto" keeps within
-    norm_rows: int | None = None, # Rows whose length is measured for the certificate; None: 32, at most half of them
+    norm_rows: int | None = None, # Rows whose length is measured for the certificate; None: 16, at most half of them
     batch_size: int = 32, # Rows per pass
     seed: int = 0, # For random starts
     folder: str | Path | None = None, # Keeps every sweep until the end, so that an interrupted fit goes on where it was

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 pytest tests/benchmarks/test_suite_speed.py -m benchmark -s
 
-The embedded model, pairs of pronouns, a short training with three seeds. Both runs compute with one thread per process. The time on two
+The embedded model, pairs of pronouns, six hundred steps with three seeds. Both runs compute with one thread per process. The time on two
 processes includes starting them, in which each imports torch and transformers. Needs two free cores: the load of the machine is printed.
 """
 import multiprocessing
@@ -30,7 +30,7 @@ PRONOUNS = {"1SG": ["I"], "1PL": ["we"], "2": ["you"], "3SG": ["he", "she", "it"
 def test_eight_children_on_two_processes(tmp_path):
     targets = [TextFilterConfig(words, id=name) for name, words in PRONOUNS.items()]
     data = TextPredictionDataCreator(corpora.load("pronoun", n=7000, seed=2), targets, seed=0).generate_training_data(max_size_per_class=max(250, ROWS))
-    args = TrainingArguments(train_batch_size=16, max_steps=300, eval_steps=100, learning_rate=1e-4, max_seeds=3, pre_prune_config=PrePruneConfig(n_samples=16, topk=0.01))
+    args = TrainingArguments(train_batch_size=16, max_steps=600, eval_steps=200, learning_rate=1e-4, max_seeds=3, pre_prune_config=PrePruneConfig(n_samples=16, topk=0.01))
 
     def suite(name: str) -> TrainerSuite:
         pairs = [child.target_classes for child in all_pairs(list(PRONOUNS))][:8]
