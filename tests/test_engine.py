@@ -14,6 +14,7 @@ from gradiend.data.examples import make_examples
 from gradiend.gradients.engine import KINDS, _directions, accumulate, encode, mix, pair_gradients, pair_weights, row_gradients, weighted_sums
 from gradiend.gradients.ghost import NotRowAligned
 from gradiend.gradients.objectives import MaskedLM, objective_for
+from gradiend.gradients.rows import squared_row_lengths
 from gradiend.gradients.space import ParameterSpace
 
 from .tiny import ARCHITECTURES, FLOAT32_INSIDE, tiny_model, tokenizer
@@ -126,6 +127,17 @@ def test_row_gradients_equal_a_plain_backward(kind, engine):
     full = without_tables(full) if kind == "t5" else full
     for space, gradient in ((full, "diff"), (full.keep(full.global_index[::5]), "alternative")):
         check_close(kind, row_gradients(model, objective, ROWS, space=space, kind=gradient, engine=engine, batch_size=3), reference(kind, gradient)[:, space.global_index])
+
+
+@architectures
+def test_lengths_equal_those_of_a_plain_backward(kind):
+    model, objective, full = make(kind)  # T5's table of positions is shared by all rows: there the gradients are written down
+    tol = 1e-4 if kind in FLOAT32_INSIDE else 1e-9
+    for space, gradient in ((full, "diff"), (thin(full), "alternative"), (full.keep(full.global_index[:1]), "factual")):
+        expected = reference(kind, gradient)[:, space.global_index].square().sum(1)
+        found = squared_row_lengths(model, objective, ROWS, space=space, kind=gradient, batch_size=3)
+        torch.testing.assert_close(found, expected, rtol=tol, atol=tol * float(reference(kind, gradient).square().sum(1).max()) * 1e-3)
+    assert squared_row_lengths(model, objective, ROWS.head(0), space=full).shape == (0,)
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "t5"])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLASS_AXIS', 'training_examples', 'explained_energy', 'explained_by', 'target_energy', 'Certificate']
 
-# %% ../../nbs/53_trainer.certificate.ipynb #8af315d4
+# %% ../../nbs/53_trainer.certificate.ipynb #e2f62603
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..core import InputError, Readable
+from ..gradients.rows import squared_lengths
 from ..model import ACTIVATIONS, GradiendModel
-from .sweeps import GradientRows, squared_lengths
+from .sweeps import GradientRows
 
 # %% ../../nbs/53_trainer.certificate.ipynb #be3cf64e
 @lru_cache(maxsize=8)

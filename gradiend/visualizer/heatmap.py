@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cell_size', 'plot_comparison_heatmap', 'plot_similarity_heatmap', 'plot_cross_encoding']
 
-# %% ../../nbs/83_visualizer.heatmap.ipynb #f7c96df0
+# %% ../../nbs/83_visualizer.heatmap.ipynb #005f3bda
 import math
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
@@ -149,7 +149,7 @@ def _strokes(ax: Any, cells: np.ndarray, values: np.ndarray) -> None:
     places = [(i, j) for i, j in zip(*np.nonzero(cells & np.isfinite(values)), strict=True)]
     ax.add_collection(collections.LineCollection([[(j - 0.42, i + 0.42), (j + 0.42, i - 0.42)] for i, j in places], colors=NEUTRAL, linewidths=0.8))
 
-# %% ../../nbs/83_visualizer.heatmap.ipynb #450e0451
+# %% ../../nbs/83_visualizer.heatmap.ipynb #1887d458
 def _as_matrix(matrix: Any) -> pd.DataFrame:
     "A matrix of numbers with names on both sides. Raises InputError or TypeError for anything else."
     table = matrix if isinstance(matrix, pd.DataFrame) else matrix.matrix() if callable(getattr(matrix, "matrix", None)) else None
