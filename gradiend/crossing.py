@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'SHUFFLES', 'METRICS', 'NORMALIZED', 'VALUES', 'SIDES', 'union_space', 'spread_out', 'encode_with_all',
-           'score_rows', 'CrossTables', 'CrossEncoding', 'cross_encode']
+           'score_rows', 'CrossTables', 'CrossMatrices', 'CrossEncoding', 'cross_encode']
 
 # %% ../nbs/77_crossing.ipynb #2529300c
 import math
@@ -181,10 +181,18 @@ class CrossTables(Readable):
                              "give every encoder's data under the encoder's name")
         return square.div(pd.Series({name: square.loc[name, name] for name in self.pairs}), axis=0)
 
-# %% ../nbs/77_crossing.ipynb #fb8cb443
+# %% ../nbs/77_crossing.ipynb #ef878d84
 @dataclass(frozen=True, eq=False)
-class CrossEncoding(CrossTables):
-    "What every encoder says about every feature's rows."
+class CrossMatrices(CrossTables):
+    "The same encodings, pooled over data sets."
+
+    @cached_property
+    def first_seen(self) -> dict[str, np.ndarray]: # By data set: `(N,)` bool
+        "Which rows of a data set are in none before it; only these count where data sets are put together."
+        columns = ["masked", "factual", "alternative", "factual_class", "alternative_class"]
+        new = ~pd.concat([frame[columns] for frame in self.rows.values()]).duplicated().to_numpy()
+        ends = np.cumsum([len(frame) for frame in self.rows.values()])
+        return dict(zip(self.rows, np.split(new, ends[:-1]), strict=True))
 
     def _by(self, kind: str) -> dict[str, pd.DataFrame]: # Of `n`, `mean`, `std`: `(encoders, groups)`
         "Encodings pooled by transition, or by the class of a word."
@@ -194,7 +202,7 @@ class CrossEncoding(CrossTables):
 
         found: dict[str, list[pd.DataFrame]] = {value: [] for value in VALUES}
         for i, (encoder, source) in enumerate(self.sources.items()):
-            own = _pooled(((names(frame, source), self.encoded[data][:, [i]]) for data, frame in self.rows.items()), 1)
+            own = _pooled(((names(frame, source)[self.first_seen[data]], self.encoded[data][self.first_seen[data], i:i + 1]) for data, frame in self.rows.items()), 1)
             for value in VALUES: found[value].append(own[value].set_axis([encoder]))
         return {value: pd.concat(tables) for value, tables in found.items()}
 
@@ -206,6 +214,11 @@ class CrossEncoding(CrossTables):
         "Mean encoding of the rows of each class, by the factual, alternative or source word; or `std` or `n`."
         check_choice("kind", kind, SIDES)
         return self._by(kind)[check_choice("value", value, VALUES)]
+
+# %% ../nbs/77_crossing.ipynb #7e77693f
+@dataclass(frozen=True, eq=False)
+class CrossEncoding(CrossMatrices):
+    "What every encoder says about every feature's rows."
 
     def _anchors(self, encoder: str, kind: str) -> dict[str, float]: # By class or transition: +1 or -1
         "Where an encoder is trained to put rows of its own pair."
@@ -242,7 +255,7 @@ class CrossEncoding(CrossTables):
 
     def _repr_html_(self) -> str: return self.scores.round(3).to_html(index=False, border=0)
 
-# %% ../nbs/77_crossing.ipynb #7ddd5f52
+# %% ../nbs/77_crossing.ipynb #4ed28e8a
 def _data_sets(data: Any, models: Mapping[str, GradiendModel]) -> dict[str, Examples]:
     "Data sets by name. Raises InputError for anything else."
     if isinstance(data, Examples): data = {"-".join(data.pair): data}
@@ -265,9 +278,21 @@ def _rows(name: str, examples: Examples, split: str | Sequence[str], max_size: i
     if frame["factual_class"].nunique() < 2:
         raise InputError(f"split={split!r}: data set {name!r} has {len(frame)} rows of its pair {examples.pair} there, not both classes; "
                          "name a split that has both")
+    if max_size is not None and 0 < max_size < 2:
+        raise InputError(f"max_size={max_size}: how well an encoder separates two classes can be asked of rows of both; give at least 2")
     return take(frame, max_size, [], classes=list(frame["factual_class"]), seed=seed).reset_index(drop=True)
 
 
+def _check_labels(rows: Mapping[str, pd.DataFrame], data: Mapping[str, Examples], sources: Iterable[str], max_size: int | None) -> None:
+    "Raise InputError if all rows that are read of a data set have the same label for some encoder."
+    for name, frame in rows.items():
+        for source in dict.fromkeys(sources):
+            if len(np.unique(gradient_labels(frame, data[name].pair, source))) > 1: continue
+            given = f"source={source!r}" if max_size is None else f"max_size={max_size}"
+            raise InputError(f"{given}: the {len(frame)} rows of data set {name!r} that are read have only one class where the {source} word counts; "
+                             f"{'use another split or source' if max_size is None else 'give a larger max_size'}")
+
+# %% ../nbs/77_crossing.ipynb #dc1eb227
 def cross_encode(
     models: Models, # Models of one base model, saved folders, or something with `get_models()`
     base_model: PreTrainedModel, # That base model
@@ -292,8 +317,11 @@ def cross_encode(
     if source is not None: check_choice("source", source, SOURCES)
     sets, sources = _data_sets(data, named), {name: source or model.config.source for name, model in named.items()}
     rows = {name: _rows(name, examples, split, max_size, seed) for name, examples in sets.items()}
-    encoded = {name: encode_with_all(named, base_model, objective, frame, sources, latent=latent, batch_size=batch_size)
-               for name, frame in rows.items()}
+    _check_labels(rows, sets, sources.values(), max_size)
+    encoded: dict[str, np.ndarray] = {}
+    for name, frame in rows.items():  # children that were trained on the same rows bring them several times
+        same = next((other for other in encoded if rows[other].equals(frame)), None)
+        encoded[name] = encoded[same] if same is not None else encode_with_all(named, base_model, objective, frame, sources, latent=latent, batch_size=batch_size)
     return CrossEncoding(rows=rows, encoded=encoded, pairs={name: model.config.pair for name, model in named.items()},
                          data_pairs={name: examples.pair for name, examples in sets.items()}, sources=sources, seed=seed,
                          split=split if isinstance(split, str) else "+".join(split))

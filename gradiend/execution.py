@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['SuiteError', 'tell_failures', 'check_executor', 'run_tasks', 'LaunchExecutor']
 
-# %% ../nbs/86_execution.ipynb #3dd62414
+# %% ../nbs/86_execution.ipynb #bd629fa9
 import multiprocessing
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any
 
 import torch
 
-from .childwork import Shared, Task, TaskOutcome, run_task
+from .childtask import Shared, Task
+from .childwork import TaskOutcome, run_task
 from .core import InputError, check_choice, progress as progress_bar
 
 # %% ../nbs/86_execution.ipynb #36b3ed80
@@ -81,11 +83,11 @@ class _Pool:
             for future in self.flying: future.cancel()
         if self.own: self.executor.shutdown(wait=True, cancel_futures=cancel)
 
-# %% ../nbs/86_execution.ipynb #af2b3472
+# %% ../nbs/86_execution.ipynb #fc5b72b7
 class _Dispatch(_Pool):
     "Hands tasks to an executor until each has an outcome."
 
-    def __init__(self, executor: Executor, work: Callable[[Task], TaskOutcome], retries: int, step: Callable[[], Any]) -> None:
+    def __init__(self, executor: Executor, work: Callable[[Task], TaskOutcome], retries: int, step: Callable[[str], Any]) -> None:
         super().__init__(executor, work)
         self.retries, self.step, self.attempts = retries, step, Counter[str]()
         self.waiting, self.alone, self.outcomes = deque[Task](), deque[Task](), dict[str, TaskOutcome]()
@@ -133,7 +135,7 @@ class _Dispatch(_Pool):
     def settle(self, outcome: TaskOutcome) -> None:
         "A task has its outcome."
         self.outcomes[outcome.child_id] = outcome
-        self.step()
+        self.step(outcome.child_id)
 
 # %% ../nbs/86_execution.ipynb #d4e1c3e3
 def check_executor(
@@ -149,28 +151,35 @@ def check_executor(
             raise InputError(f"executor: its processes are forked, and torch computes with {torch.get_num_threads()} threads here; forked processes would wait for these threads forever. "
                              "Make it with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context('spawn'))")
 
-# %% ../nbs/86_execution.ipynb #0c37c783
+# %% ../nbs/86_execution.ipynb #e2b7baf1
 def run_tasks(
     tasks: Sequence[Task], # In any order; each has a name and a folder of its own
     executor: Executor | None = None, # Any executor; None: one after another in this process
     *,
     work: Callable[..., TaskOutcome] = run_task, # What is done with each; a function of a module, or a `partial` of one
+    local: Mapping[str, Callable[[], TaskOutcome]] | None = None, # By child: work that can only be done in this process; it comes last
     retries: int = 1, # How often a task whose worker was lost is tried again
     on_error: str = "report", # "report" warns at the end about children that failed, "raise" raises `SuiteError`, "return" leaves it to the caller
     kept: bool = True, # Whether the work is kept in the folders of the children; False for evaluations. Only messages depend on it
     shared: Shared | None = None, # Without an executor: what the tasks share
     progress: bool = True, # Show a progress bar at a terminal
-) -> list[TaskOutcome]: # In the order of the tasks
+) -> list[TaskOutcome]: # In the order of the tasks, then of the local work
     "Run every task. Raises InputError for an executor that takes no work, SuiteError if asked to; an interruption stops everything, and what is finished is kept."
     if executor is not None: check_executor(executor)
-    if len({task.child_id for task in tasks}) < len(tasks): raise InputError("tasks: two of them have the same child_id; give each its own")
-    with progress_bar(total=len(tasks), desc="children", disable=None if progress else True) as bar:
-        ended = Counter[str]()
-        def step() -> None:
-            ended["children"] += 1
+    here, names = dict(local or {}), [*(task.child_id for task in tasks), *(local or {})]
+    if len(set(names)) < len(names): raise InputError("tasks: two of them have the same child_id; give each its own")
+    common = shared or Shared()
+    with progress_bar(total=len(names), desc="children", disable=None if progress else True) as bar:
+        ended: list[str] = []
+        def step(name: str) -> None:
+            ended.append(name)
             bar.update()
-        try: outcomes = _one_by_one(tasks, work, shared or Shared(), step) if executor is None else _handed_over(tasks, _Dispatch(executor, work, retries, step))
-        except KeyboardInterrupt as error: raise KeyboardInterrupt(_stopped(str(error), ended["children"], len(tasks), kept)) from error
+        try:
+            if executor is None: outcomes = _one_by_one({task.child_id: partial(work, task, shared=common) for task in tasks} | here, step)
+            else: outcomes = _handed_over(tasks, _Dispatch(executor, work, retries, step)) + _one_by_one(here, step)
+        except KeyboardInterrupt as error:
+            serial = executor is None or len(ended) >= len(tasks)
+            raise KeyboardInterrupt(_stopped(str(error), len(ended), names, kept, serial=serial)) from error
     tell_failures(outcomes, on_error, kept=kept)
     return outcomes
 
@@ -183,19 +192,22 @@ def _handed_over(tasks: Sequence[Task], dispatch: _Dispatch) -> list[TaskOutcome
     return outcomes
 
 
-def _stopped(told: str, ended: int, total: int, kept: bool) -> str:
-    "What to say of an interruption."
-    rest = "what they wrote is kept, and the same call again goes on with the others" if kept else "their results are not stored, and the same call again begins anew"
-    return f"{told or 'interrupted'}. {ended} of {total} children had ended; {rest}"
-
-
-def _one_by_one(tasks: Sequence[Task], work: Callable[..., TaskOutcome], shared: Shared, step: Callable[[], Any]) -> list[TaskOutcome]:
-    "Run tasks in this process."
+def _one_by_one(calls: Mapping[str, Callable[[], TaskOutcome]], step: Callable[[str], Any]) -> list[TaskOutcome]:
+    "Do work in this process."
     outcomes = []
-    for task in tasks:
-        outcomes.append(work(task, shared=shared))
-        step()
+    for name, call in calls.items():
+        outcomes.append(call())
+        step(name)
     return outcomes
+
+
+def _stopped(told: str, ended: int, names: Sequence[str], kept: bool, *, serial: bool) -> str:
+    "What to say of an interruption; only of work in this process it is known what had not begun."
+    waiting = list(names[ended + 1:]) if serial else []
+    untouched = f", and {', '.join(waiting[:5])}{f' and {len(waiting) - 5} more' if len(waiting) > 5 else ''} had not begun" if waiting else ""
+    rest = "what they wrote is kept, and the same call again goes on with the others" if kept else "their results are not stored, and the same call again begins anew"
+    where = f"interrupted in {names[ended]}" if serial and ended < len(names) else "interrupted"
+    return f"{told or where}. {ended} of {len(names)} children had ended{untouched}; {rest}"
 
 # %% ../nbs/86_execution.ipynb #2e492d08
 class LaunchExecutor(Executor):

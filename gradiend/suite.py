@@ -6,7 +6,7 @@
 __all__ = ['READING', 'CHILD_OPTIONS', 'joined_map', 'SuiteTable', 'suite_table', 'SuiteMaterial', 'work_of', 'TrainerSuite',
            'SymmetricTrainerSuite', 'PositiveTrainerSuite', 'TrainerCollection']
 
-# %% ../nbs/86_suite.ipynb #fce96d46
+# %% ../nbs/86_suite.ipynb #deacec3a
 import inspect
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +20,8 @@ import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .children import SHARED, PairDefinition, all_pairs, check_children, children_frame, default_id, positive_pairs
-from .childwork import Shared, Task, TaskOutcome, base_content, evaluate_task, finished_facts, kept_model, local_outcome, read_record, run_task, saved_base, trainer_of, write_table
+from .childtask import Shared, Task, base_content, saved_base, trainer_of, write_table
+from .childwork import TaskOutcome, evaluate_task, finished_facts, kept_model, local_outcome, read_record, run_task, unfinished
 from .core import InputError, check_choice, write_json
 from .data.classes import class_names, merge_classes, named_order
 from .data.examples import Examples, make_examples
@@ -143,7 +144,7 @@ class SuiteMaterial(TrainerFamily):
 
     def __repr__(self) -> str: return f"{type(self).__name__}({len(self)} children: {', '.join(list(self)[:6])}{', ...' if len(self) > 6 else ''})"
 
-# %% ../nbs/86_suite.ipynb #c0af9534
+# %% ../nbs/86_suite.ipynb #549860e9
 def work_of(
     method: str, # "train", or an evaluation of the trainer
     options: Mapping[str, Any], # For it
@@ -173,18 +174,19 @@ class TrainerSuite(SuiteMaterial):
     def claimed(self, child_id: str) -> Task:
         "The task of a child that is about to be run. Raises InputError if its folder belongs to another suite."
         task = self.tasks[child_id]
-        read_record(task)
+        read_record(task, self.shared)
         self._loaded.pop(child_id, None)  # its trainer may get a new model
         return task
 
     def _carry_out(self, method: str, chosen: Sequence[str], options: Mapping[str, Any], executor: Executor | None, running: Mapping[str, Any]) -> list[TaskOutcome]:
         outcomes = run_tasks([self.claimed(name) for name in chosen], executor, work=work_of(method, options), shared=self.shared, kept=method == "train", **running)
-        if self.args.cache_gradients == "auto": self.shared.forget_gradients()  # no child needs them now; True keeps them
+        if self.args.cache_gradients is not True: self.shared.forget_gradients()  # no child needs them now; True keeps them
         return outcomes
 
     def _state(self, child_id: str) -> TaskOutcome:
-        facts, begun = finished_facts(self.tasks[child_id]), read_record(self.tasks[child_id])
-        return TaskOutcome(child_id, self.tasks[child_id].folder, "done" if facts is not None else "not trained" if begun is None else "unfinished", facts or {})
+        task = self.tasks[child_id]
+        facts, begun = finished_facts(task, self.shared), read_record(task, self.shared)
+        return TaskOutcome(child_id, task.folder, "done" if facts is not None else "not trained" if begun is None else "unfinished", facts or {})
 
     def _model(self, child_id: str) -> GradiendModel: return kept_model(self.tasks[child_id])
 
@@ -193,7 +195,7 @@ class TrainerSuite(SuiteMaterial):
         if child_id not in self._loaded:
             task = self.tasks[check_choice("child_id", child_id, self)]
             trainer = trainer_of(task, self.shared)
-            if finished_facts(task) is not None:
+            if finished_facts(task, self.shared) is not None:
                 trainer.use_model(kept_model(task))
                 trainer.report = SeedReport.load(Path(task.folder) / SEEDS)
             self._loaded[child_id] = trainer
@@ -221,7 +223,7 @@ class PositiveTrainerSuite(TrainerSuite):
     def __init__(self, model: str | Path | PreTrainedModel, data: Any, *, features: Sequence[str | tuple[str, str]] | None = None, mode: str = "single", negative: str = "non_{}", **material: Any) -> None:
         SuiteMaterial.__init__(self, model, data, lambda table: positive_pairs(_all_classes(table, features, "features"), mode=mode, negative=negative), **material)
 
-# %% ../nbs/86_suite.ipynb #061b4a63
+# %% ../nbs/86_suite.ipynb #5954735a
 class TrainerCollection(TrainerFamily):
     "Suites, trainers and collections as one family. Members given by keyword have the keyword in front of their names; two children of the same name are an error."
 
@@ -251,16 +253,17 @@ class TrainerCollection(TrainerFamily):
     def _state(self, child_id: str) -> TaskOutcome:
         owner, own = self._members[child_id]
         if isinstance(owner, TrainerSuite): return replace(owner._state(own), child_id=child_id)
-        return TaskOutcome(child_id, str(owner.folder or ""), "not trained" if owner.gradiend is None else "done")
+        return TaskOutcome(child_id, str(owner.folder or ""), "unfinished" if unfinished(owner) else "not trained" if owner.gradiend is None else "done")
 
     def _carry_out(self, method: str, chosen: Sequence[str], options: Mapping[str, Any], executor: Executor | None, running: Mapping[str, Any]) -> list[TaskOutcome]:
         owners = {name: self._members[name] for name in chosen}
         tasks = [replace(owner.claimed(own), child_id=name) for name, (owner, own) in owners.items() if isinstance(owner, TrainerSuite)]
         common = next((owner.shared for owner, _ in owners.values() if isinstance(owner, TrainerSuite)), None)
-        found = {o.child_id: o for o in run_tasks(tasks, executor, work=work_of(method, options), shared=common, kept=method == "train", **{**running, "on_error": "return"})}
-        found |= {name: local_outcome(name, owner, method, options) for name, (owner, _) in owners.items() if not isinstance(owner, TrainerSuite)}
-        if common is not None and all(task.arguments.get("cache_gradients") == "auto" for task in tasks): common.forget_gradients()
-        outcomes = [found[name] for name in chosen]
+        local = {name: partial(local_outcome, name, owner, method, options) for name, (owner, _) in owners.items() if not isinstance(owner, TrainerSuite)}
+        found = run_tasks(tasks, executor, work=work_of(method, options), local=local, shared=common, kept=method == "train", **{**running, "on_error": "return"})
+        if common is not None and not any(task.arguments.get("cache_gradients") is True for task in tasks): common.forget_gradients()
+        by_name = {outcome.child_id: outcome for outcome in found}
+        outcomes = [by_name[name] for name in chosen]
         tell_failures(outcomes, running["on_error"], kept=method == "train")
         return outcomes
 

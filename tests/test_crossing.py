@@ -197,6 +197,33 @@ def test_bad_input(bench):
     with pytest.raises(InputError, match="kind='target'"): crossed.features("target")
 
 
+def test_a_drawn_sample_keeps_both_classes(bench):
+    base, objective, data, models = bench
+    with pytest.raises(InputError, match="max_size=1: .*give at least 2"): cross_encode(models, base, objective, data, max_size=1)
+    with pytest.raises(InputError, match="max_size=0"): cross_encode(models, base, objective, data, max_size=0)
+    for seed in range(3):
+        small = cross_encode(models, base, objective, data, max_size=2, seed=seed)
+        assert small.scores["correlation"].notna().all() and all(set(frame["factual_class"]) == set(data[name].pair) for name, frame in small.rows.items())
+    same = data["number"].frame.assign(alternative="he", alternative_class="3SG")  # every row ends at 3SG
+    for given, size in (("source='alternative'", None), ("max_size=2", 2)):
+        with pytest.raises(InputError, match=f"{given}: the . rows of data set 'x' that are read have only one class"):
+            cross_encode(models, base, objective, {"x": Examples(same, ("3SG", "3PL"))}, max_size=size, source="alternative")
+
+
+def test_rows_of_several_data_sets_are_read_once_and_count_once(bench, monkeypatch):
+    base, objective, data, models = bench
+    sweeps = []
+    monkeypatch.setattr(crossing, "encode", lambda *args, _encode=crossing.encode, **options: sweeps.append(1) or _encode(*args, **options))
+    crossed = cross_encode(models, base, objective, {"number": data["number"], "again": data["number"], "part": data["number"].take([0, 1, 2])})
+    assert len(sweeps) == 2 * 2  # two sources, two different tables
+    assert np.array_equal(crossed.encoded["number"], crossed.encoded["again"])
+    assert {name: int(mask.sum()) for name, mask in crossed.first_seen.items()} == {"number": 6, "again": 0, "part": 0}
+    alone = cross_encode(models, base, objective, {"number": data["number"]})
+    for value in ("mean", "std", "n"):
+        pd.testing.assert_frame_equal(crossed.transitions(value), alone.transitions(value), check_exact=False, atol=1e-6)
+        pd.testing.assert_frame_equal(crossed.features("source", value), alone.features("source", value), check_exact=False, atol=1e-6)
+
+
 def test_another_language_model_is_refused(bench):
     _, objective, data, models = bench
     with pytest.raises(InputError, match="base_model"): cross_encode(models, tiny_model("bert", seed=5)[1], objective, data)

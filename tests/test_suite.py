@@ -3,6 +3,7 @@ import json
 import logging
 import multiprocessing
 import pickle
+import os
 import re
 import warnings
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -16,12 +17,15 @@ import torch
 from transformers.utils.logging import is_progress_bar_enabled
 
 from gradiend.children import SHARED, PairDefinition
-from gradiend.childwork import RECORD, Shared, run_task
+from gradiend.childtask import Shared
+from gradiend.childwork import RECORD, lock_holder, run_task
 from gradiend.core import InputError
 from gradiend.data.examples import make_examples
 from gradiend.execution import LaunchExecutor, SuiteError, run_tasks
+from gradiend.pruning import PostPruneConfig, PrePruneConfig
 from gradiend.suite import PositiveTrainerSuite, SymmetricTrainerSuite, TrainerCollection, TrainerSuite
 from gradiend.trainer.arguments import TrainingArguments
+from gradiend.trainer.checkpoints import LOCK, run_lock
 from gradiend.trainer.loop import Training
 from gradiend.trainer.text import TextPredictionTrainer
 from tests.suite_work import dies, said
@@ -147,7 +151,7 @@ def test_ctrl_c_keeps_what_is_finished_and_goes_on_later(base, tmp_path, monkeyp
         if count[0] == 8 + 6: raise KeyboardInterrupt
         step(self, batch, total)
     monkeypatch.setattr(Training, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="he__they was interrupted after 5 steps; its state is saved. 1 of 3 children had ended; what they wrote is kept"): quietly(broken.train)
+    with pytest.raises(KeyboardInterrupt, match="he__they was interrupted after 5 steps; its state is saved. 1 of 3 children had ended, and she__they had not begun; what they wrote is kept"): quietly(broken.train)
     monkeypatch.setattr(Training, "step", step)
     assert broken.frame["status"].tolist() == ["done", "unfinished", "not trained"]
     report = quietly(broken.train)
@@ -192,9 +196,13 @@ def test_a_changed_base_model_or_table_is_noticed(base, tmp_path):
     assert set(suite(base, tmp_path / "run").train().frame["status"]) == {"skipped"}  # the same files in another place
     tokenizer, model = masked_model("bert", dtype=torch.float32, seed=1)
     model.save_pretrained(copy)
-    with pytest.raises(InputError, match="base_model was"): suite(str(copy), tmp_path / "run").train()
-    changed = {**DATA, "he": rows("he", "he", 19)}
-    with pytest.raises(InputError, match="data was"): SymmetricTrainerSuite(base, changed, args=replace(DIRECT, experiment_dir=str(tmp_path / "run"))).train()
+    with pytest.raises(InputError, match="is not the one it was trained with: its files or its revision have changed"): suite(str(copy), tmp_path / "run").train()
+    def again(data): return SymmetricTrainerSuite(base, data, args=replace(DIRECT, experiment_dir=str(tmp_path / "run")))
+    other_words = DATA["he"].assign(masked=[text.replace("Anna", "Ben") for text in DATA["he"]["masked"]])
+    for changed, told in ((rows("he", "he", 19), "class 'he' had 20 rows and has 19"), (other_words, "10 of 60 rows are others, such as 'Ben said that"), (DATA["he"].assign(note=1), "the column 'note' is new")):
+        with pytest.raises(InputError, match=f"the data are not those it was trained on: {re.escape(told)}.*Give the same again"): again({**DATA, "he": changed}).train()
+    for table in (tmp_path / "run" / SHARED).glob("data-*.json"): table.unlink()
+    with pytest.raises(InputError, match=r"there are 59 rows now \(19 of 'he', 20 of 'she', 20 of 'they'\), and the table it was trained on is gone"): again({**DATA, "he": rows("he", "he", 19)}).train()
 
 
 def test_a_damaged_record_is_an_error(base, tmp_path):
@@ -221,8 +229,8 @@ def test_a_damaged_model_is_an_error_that_says_how_to_make_it_anew(base, tmp_pat
     assert weights(one) == before and len(one.get_models()) == 3
 
 
-@pytest.mark.parametrize("left", ["model", "seeds", "checkpoint.safetensors"])
-def test_a_trainer_alone_in_the_folder_is_not_overwritten(base, tmp_path, left):
+@pytest.mark.parametrize(("left", "told"), [("model", "holds 'model' and nothing that says how it was trained"), ("seeds", "arguments.source was 'diff' and is now 'alternative'"), ("checkpoint.safetensors", "checkpoint")])
+def test_a_trainer_alone_in_the_folder_is_not_overwritten(base, tmp_path, left, told):
     import shutil
     alone = TextPredictionTrainer(base, DATA, args=replace(DIRECT, source="diff", experiment_dir=str(tmp_path)), target_classes=("he", "she"), run_id="he__she")
     alone.train()
@@ -232,13 +240,105 @@ def test_a_trainer_alone_in_the_folder_is_not_overwritten(base, tmp_path, left):
     if left == "checkpoint.safetensors": (folder / left).write_bytes(b"the state of an unfinished run")
     kept = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     one = suite(base, tmp_path)
-    told = re.escape(f"the folder {str(folder)!r} is not of this suite: it holds {left!r}") + ".*another run_id, or move the folder away"
+    message = re.escape(f"the folder {str(folder)!r} holds a training that this suite did not make: ") + f".*{told}.*another run_id, or move the folder away"
     for resume in (True, False):
-        with pytest.raises(InputError, match=told): one.train(resume=resume)
-        assert re.search(told, run_task(one.tasks["he__she"], resume=resume).error)
+        with pytest.raises(InputError, match=message): one.train(resume=resume)
+        assert re.search(message, run_task(one.tasks["he__she"], resume=resume).error)
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == kept and not (tmp_path / "he__they").exists()
     folder.rename(tmp_path / "away")
     assert set(one.train().frame["status"]) == {"done"}
+
+
+PRUNED = replace(LOOP, pre_prune_config=PrePruneConfig(n_samples=4, topk=0.2), post_prune_config=PostPruneConfig(topk=0.5))
+
+
+@pytest.mark.parametrize("args", [DIRECT, PRUNED, replace(LOOP, learning_rate="tune", max_steps=4)], ids=["mean_difference", "pruned", "tuned"])
+def test_a_child_that_its_own_trainer_trained_is_recognised(base, tmp_path, args):
+    one, whole = (suite(base, tmp_path / name, args, kind=TrainerSuite, target_pairs=[("he", "she")]) for name in ("one", "whole"))
+    quietly(one["he__she"].train)
+    assert one.frame.loc["he__she", "status"] == "done" and (tmp_path / "one/he__she" / RECORD).is_file()
+    quietly(whole.train)
+    assert one.train().frame["status"].tolist() == ["skipped"] and weights(one) == weights(whole)
+    assert one.frame.drop(columns="folder").equals(whole.frame.drop(columns="folder"))
+
+
+def test_what_its_own_trainer_trained_is_refused_if_it_differs(base, tmp_path):
+    one = suite(base, tmp_path, LOOP, kind=TrainerSuite, target_pairs=[("he", "she")])
+    quietly(one.train)
+    mine = one["he__she"]
+    mine.args = replace(mine.args, learning_rate=1e-2)
+    quietly(mine.train)  # over the child that was done
+    with pytest.raises(InputError, match="arguments.learning_rate was 0.01 and is now 0.001"): one.train()
+    mine.args = replace(mine.args, learning_rate=1e-3)
+    quietly(mine.train)
+    assert one.train().frame["status"].tolist() == ["skipped"]
+    (tmp_path / "he__she" / RECORD).unlink()
+    mine.post_prune(PostPruneConfig(topk=0.1))
+    with pytest.raises(InputError, match="its model is not the one of its report"): one.train()
+    fewer = {**DATA, "he": rows("he", "he", 18)}
+    with pytest.raises(InputError, match="data.rows was 40 and is now 38"): SymmetricTrainerSuite(base, fewer, args=replace(LOOP, experiment_dir=str(tmp_path)), target_classes=["he", "she"]).train()
+    others = {**DATA, "he": DATA["he"].assign(masked=[text.replace("Anna", "Ben") for text in DATA["he"]["masked"]])}
+    with pytest.raises(InputError, match="trained on other rows, though as many"): SymmetricTrainerSuite(base, others, args=replace(LOOP, experiment_dir=str(tmp_path)), target_classes=["he", "she"]).train()
+
+
+def interrupting(monkeypatch, at: int) -> None:
+    "Let Ctrl-C be pressed in a certain step."
+    step, count = Training.step, [0]
+    def interrupted(self, batch, total):
+        count[0] += 1
+        if count[0] == at: raise KeyboardInterrupt
+        step(self, batch, total)
+    monkeypatch.setattr(Training, "step", interrupted)
+
+
+def test_a_child_that_its_own_trainer_began_is_finished(base, tmp_path, monkeypatch):
+    one, whole = (suite(base, tmp_path / name, LOOP, kind=TrainerSuite, target_pairs=[("he", "she")]) for name in ("one", "whole"))
+    with monkeypatch.context() as patched:
+        interrupting(patched, 6)
+        quietly(one["he__she"].train)
+    assert one.frame["status"].tolist() == ["unfinished"]
+    quietly(whole.train)
+    assert quietly(one.train).frame["status"].tolist() == ["done"] and weights(one) == weights(whole)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["folder", "memory"])
+def test_an_interrupted_trainer_of_a_collection_is_not_done(base, tmp_path, monkeypatch, kept):
+    def alone(*pair):
+        return TextPredictionTrainer(base, DATA, args=replace(LOOP, experiment_dir=str(tmp_path / "_".join(pair)) if kept else None), target_classes=pair)
+    family = TrainerCollection(suite(base, tmp_path / "suite", kind=TrainerSuite, target_pairs=[("he", "she")]), alone("he", "they"), alone("she", "they"), last=alone("they", "he"))
+    with monkeypatch.context() as patched:
+        interrupting(patched, 8 + 6)
+        rest = "its state is saved" if kept else "without an experiment folder its next training begins anew"
+        with pytest.raises(KeyboardInterrupt, match=f"child she__they was interrupted after 5 steps; {rest}. 2 of 4 children had ended, and last had not begun"): quietly(family.train)
+    assert family.frame["status"].tolist() == ["done", "done", "unfinished", "not trained"]
+    with pytest.raises(InputError, match="2 of 4 children are not trained: she__they, last"): family.get_models()
+    assert quietly(family.train).frame["status"].tolist() == ["skipped", "skipped", "done", "done"]
+    fresh = alone("she", "they")
+    fresh.args = replace(fresh.args, experiment_dir=None)
+    fresh.folder = None
+    quietly(fresh.train)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.get_model().state_dict().values(), family["she__they"].get_model().state_dict().values(), strict=True))
+    family["she__they"].report = replace(family["she__they"].report, complete=False)
+    family["she__they"].use_model(fresh.get_model())  # another model than that of the interrupted training
+    assert family.frame["status"].tolist() == ["done"] * 4
+
+
+def test_a_lock_of_another_machine_says_who_when_and_where(base, tmp_path):
+    one = suite(base, tmp_path, LOOP, kind=TrainerSuite, target_pairs=[("he", "she"), ("he", "they")])
+    folder = tmp_path / "he__she"
+    folder.mkdir()
+    with run_lock(folder) as lock: mark = json.loads(lock.read_text())
+    assert lock_holder(folder) is None
+    lock.write_text(json.dumps(mark | {"pid": 77, "host": "node7", "machine": "another"}))
+    os.utime(lock, (1.7e9, 1.7e9))
+    (folder / "gradients").symlink_to("elsewhere")  # in use by the process that holds the lock
+    with pytest.warns(UserWarning, match=r"locked by process 77 on node7, since 2023-11-1\d \d\d:\d\d: wait for it.*delete the file '.*he__she/run.lock' and call again"): report = one.train()
+    assert report.frame["status"].tolist() == ["failed", "done"] and sorted(p.name for p in folder.iterdir()) == ["gradients", LOCK]
+    assert os.readlink(folder / "gradients") == "elsewhere" and one.frame["status"].tolist() == ["not trained", "done"]
+    lock.write_text("[]")
+    assert lock_holder(folder) is None and "does not say who made it" in quietly(one.train).frame.loc["he__she", "error"]
+    lock.unlink()
+    assert quietly(one.train).frame["status"].tolist() == ["done", "skipped"]
 
 
 # --- executors ---------------------------------------------------------------------------------------------------
@@ -398,6 +498,34 @@ def test_children_with_equal_rows_share_kept_gradients(base, tmp_path, caplog):
     assert run_task(elsewhere, resume=False).status == "done" and not (tmp_path / "shared/0.001/he__they/gradients").is_symlink()
 
 
+def passes(base: str, runs) -> list[int]:
+    "Forward passes of the language model in each run of (task, shared)."
+    found = []
+    for task, shared in runs:
+        count = []
+        hook = shared.base(task, TrainingArguments.from_dict(dict(task.arguments)))[1].register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        assert quietly(lambda task=task, shared=shared: run_task(task, shared=shared)).status == "done"
+        hook.remove()
+        found.append(len(count))
+    return found
+
+
+def test_variants_of_a_child_need_no_pass_of_their_own(base, tmp_path):
+    args = replace(PRUNED, cache_gradients=True)
+    changes = ({}, {"learning_rate": 1e-2, "max_seeds": 2}, {"source": "diff", "target": "alternative"}, {"seed": 5}, {"pre_prune_config": PrePruneConfig(n_samples=4, topk=0.1)})
+    def tasks(place):
+        one = suite(base, tmp_path / place, args, kind=TrainerSuite, target_pairs=[("he", "they"), ("he", "she")])
+        task, other = one.tasks.values()
+        variants = [replace(task, child_id=str(i), folder=str(tmp_path / place / str(i)), arguments=replace(args, **change).to_dict()) for i, change in enumerate(changes)]
+        return [*variants, replace(other, folder=str(tmp_path / place / "other"))]
+    common = Shared(tmp_path / "kept")
+    together, apart = (passes(base, [(task, common if place == "together" else Shared()) for task in tasks(place)]) for place in ("together", "apart"))
+    assert together[0] == apart[0] > 0 and together[1:3] == [0, 0] and together[3:] == apart[3:]  # another division of the rows, another space, another pair
+    for i in range(len(changes)):
+        files = [tmp_path / place / str(i) / "model/model.safetensors" for place in ("together", "apart")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_collections(base, tmp_path):
     one = suite(base, tmp_path, run_id="one", kind=TrainerSuite, target_pairs=[("he", "she"), ("he", "they")])
     alone = TextPredictionTrainer(base, DATA, args=DIRECT, target_classes=("she", "they"))
@@ -428,8 +556,8 @@ def test_a_suite_without_a_folder_leaves_nothing(base):
 
 
 def test_kept_gradients_go_when_the_suite_is_through_unless_asked_for(base, tmp_path):
-    for asked, stays in (("auto", False), (True, True)):
-        family = suite(base, tmp_path / str(asked), replace(LOOP, cache_gradients=asked, num_train_epochs=4))
+    for asked, stays in (("auto", False), (False, False), (True, True)):
+        family = suite(base, tmp_path / str(asked), replace(PRUNED, cache_gradients=asked, num_train_epochs=4), kind=TrainerSuite, target_pairs=[("he", "they")])
         assert set(family.train(progress=False).frame["status"]) == {"done"}
         assert (tmp_path / str(asked) / SHARED / "gradients").exists() == stays
 

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'LOSS_SCALES', 'OVERFLOW', 'ENGINES', 'log', 'mix', 'weighted_sums', 'pair_weights', 'pair_gradients',
            'rows_of', 'accumulate', 'Losses', 'directional_derivatives', 'NoForwardMode', 'encode', 'row_gradients']
 
-# %% ../../nbs/22_gradients.engine.ipynb #ffbb21fb
+# %% ../../nbs/22_gradients.engine.ipynb #a5a23398
 import logging
 import math
 import warnings
@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from ..core import InputError, check_choice, progress
+from ..core import InputError, check_choice
 from ..data.examples import Examples
 from .borrowing import borrowed, both_losses, check_attached, check_space, checkpointing
 from .borrowing import collecting, finite, plain_attention, plain_losses
 from .ghost import NotRowAligned, Use, check_rows, entries, products, recording, rows_may_be_confused, signals, sum_type
 from .objectives import Objective, batches
+from .passes import pass_tokens, with_bar
 from .space import ParameterSpace
 from .tokens import prediction_module
 
@@ -155,7 +156,7 @@ def _row_weights(name: str, weights: Tensor | np.ndarray | Sequence[float], n: i
         raise InputError(f"{name}: shape {tuple(result.shape)} or its values do not fit {n} rows; give one finite number per row")
     return result
 
-# %% ../../nbs/22_gradients.engine.ipynb #c15b53de
+# %% ../../nbs/22_gradients.engine.ipynb #9598e8c4
 def accumulate(
     model: nn.Module, # The language model; everything in it is as before afterwards
     objective: Objective,
@@ -164,8 +165,8 @@ def accumulate(
     weights_alternative: Tensor | np.ndarray | Sequence[float], # `(N,)`: weight of each row's alternative gradient
     *,
     space: ParameterSpace, # Which entries to return
-    batch_size: int = 32, # Rows per forward pass
-    progress_bar: bool = False, # Show a bar over the batches
+    batch_size: int = 32, # Rows per forward pass, at most
+    progress_bar: bool = False, # Show a bar over the rows
 ) -> Tensor: # `(n,)` float32, or float64 for a float64 model
     "`sum_i u_i grad L_f,i + v_i grad L_a,i` over a whole table, one forward and one backward pass a batch. Raises InputError for a space of another model, weights that do not fit, or losses that are not finite."
     check_space(model, space)
@@ -174,9 +175,9 @@ def accumulate(
     used = torch.nonzero(weights.any(0)).flatten()
     scale = 2.0 ** (math.frexp(float(weights.abs().max()))[1] - 1) if len(used) else 1.0  # a power of two, so that nothing is rounded
     out = _empty_sums(model, space, 1)
-    parts = batches(objective.prepare, frame.iloc[used.numpy()], batch_size)
+    parts = batches(objective.prepare, frame.iloc[used.numpy()], batch_size, tokens=pass_tokens(model))
     with torch.inference_mode(False):  # a batch made in inference mode could not be differentiated
-        for positions, batch in progress(parts, total=math.ceil(len(used) / batch_size), desc="accumulate", disable=None if progress_bar else True):
+        for positions, batch in with_bar(parts, len(used), "accumulate", progress_bar):
             rows = used[positions]
             _add_sums(out, model, objective, batch, lambda losses, w=weights[:, rows] / scale: (losses * w.to(losses)).sum()[None], space=space, positions=rows)  # type: ignore[misc]
     return out.mul_(scale)[0]
@@ -307,7 +308,7 @@ def _next_engine(model: nn.Module, names: list[str], error: InputError) -> None:
     if names == ["loop"]:
         warnings.warn(f"{type(model).__name__} supports neither ghost gradients nor forward mode ({error}); using one backward pass per row, which is slow", stacklevel=3)
 
-# %% ../../nbs/22_gradients.engine.ipynb #b820809b
+# %% ../../nbs/22_gradients.engine.ipynb #349d7f7d
 def _directions(values: Tensor | np.ndarray | Sequence[Any], n: int, like: Tensor) -> Tensor: # `(K, n)`
     "Directions in the type for sums, on the device of `like`. Raises InputError for another shape."
     try: found = torch.as_tensor(values, dtype=None if isinstance(values, (Tensor, np.ndarray)) else torch.float64).detach()
@@ -326,8 +327,8 @@ def encode(
     space: ParameterSpace, # What the entries of the directions mean
     kind: str = "factual", # "factual", "alternative" or "diff"
     engine: str = "auto", # "ghost" (signals), "jvp" (forward mode), "loop" (one backward per row), or "auto"
-    batch_size: int = 32, # Rows per pass
-    progress_bar: bool = False, # Show a bar over the batches
+    batch_size: int = 32, # Rows per pass, at most
+    progress_bar: bool = False, # Show a bar over the rows
 ) -> Tensor: # `(N, K)` on the CPU; float32, or float64 for a float64 model
     "Inner products of directions with the gradient of every row. Raises InputError for an unknown kind or engine, a space of another model, a direction that does not fit, an engine that cannot serve the model, or losses that are not finite."
     check_choice("kind", kind, KINDS)
@@ -335,11 +336,11 @@ def encode(
     check_space(model, space)
     frame, p = rows_of(examples), next(model.parameters())
     question = _Question(model, objective, space, kind, _directions(directions, space.n, p))
-    parts = batches(objective.prepare, frame, batch_size)
+    parts = batches(objective.prepare, frame, batch_size, tokens=pass_tokens(model))
     with torch.inference_mode(False):
         result = torch.zeros(len(frame), len(question.directions), dtype=question.directions.dtype)
         if not result.numel(): return result
-        for i, (positions, batch) in enumerate(progress(parts, total=math.ceil(len(frame) / batch_size), desc="encode", disable=None if progress_bar else True)):
+        for i, (positions, batch) in enumerate(with_bar(parts, len(frame), "encode", progress_bar)):
             while True:
                 try: result[positions] = ENGINES[names[0]](question, frame.iloc[positions.numpy()], batch.to(p.device), positions, i == 0)
                 except (NotRowAligned, NoForwardMode) as error: _next_engine(model, names, error)
@@ -348,7 +349,7 @@ def encode(
     if not result.isfinite().all(): raise InputError("directions: the inner products are not finite; check the directions for NaN, infinite or very large values")
     return result
 
-# %% ../../nbs/22_gradients.engine.ipynb #4bbf2e0b
+# %% ../../nbs/22_gradients.engine.ipynb #ff819784
 def _ghost_rows(model: nn.Module, objective: Objective, batch: Any, space: ParameterSpace, kind: str, positions: Tensor, out: Tensor, first: bool) -> None:
     "Add the gradients of one batch to the rows `positions` of `out` `(N, n)`."
     layout = _layout(space)
@@ -366,14 +367,14 @@ def row_gradients(
     space: ParameterSpace, # Which entries to return
     kind: str = "factual", # "factual", "alternative" or "diff"
     engine: str = "auto", # "ghost", "loop" (one backward per row), or "auto"
-    batch_size: int = 16, # Rows per pass
+    batch_size: int = 16, # Rows per pass, at most
 ) -> Tensor: # `(N, n)` on the model's first device; float32, or float64 for a float64 model
     "The gradient of every row. Raises InputError for an unknown kind or engine, a space of another model, an engine that cannot serve the model, or losses that are not finite."
     check_choice("kind", kind, KINDS)
     names = ["ghost", "loop"] if check_choice("engine", engine, ["auto", "ghost", "loop"]) == "auto" else [engine]
     check_space(model, space)
     frame = rows_of(examples)
-    parts = batches(objective.prepare, frame, batch_size)
+    parts = batches(objective.prepare, frame, batch_size, tokens=pass_tokens(model))
     out = _empty_sums(model, space, len(frame))
     with torch.inference_mode(False):
         for i, (positions, batch) in enumerate(parts):

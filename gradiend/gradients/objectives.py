@@ -6,7 +6,7 @@
 __all__ = ['OBJECTIVES', 'Objective', 'spellings', 'word_sets', 'check_tokenizer', 'WordObjective', 'ask_words', 'class_totals',
            'MaskedLM', 'masked_lm', 'CausalLM', 'CausalCloze', 'Seq2SeqLM', 'longest_input', 'kind_of', 'objective_for']
 
-# %% ../../nbs/21_gradients.objectives.ipynb #6740e4ea
+# %% ../../nbs/21_gradients.objectives.ipynb #93d0259e
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..core import InputError, check_choice
+from .passes import batches as batches
 from .tokens import Batch as Batch, Collector as Collector, Question as Question
-from .tokens import Tokens as Tokens, batches as batches, crop as crop, slot_sums as slot_sums
+from .tokens import Tokens as Tokens, crop as crop, slot_sums as slot_sums
 from .tokens import split_tokens as split_tokens, states_at as states_at, texts_of as texts_of
 from ..zoo import ENDINGS
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEW', 'log', 'STRETCH', 'picked', 'kept_entries', 'both_row_gradients', 'squared_lengths', 'squared_row_lengths']
 
-# %% ../../nbs/23_gradients.rows.ipynb #6e2fc9fc
+# %% ../../nbs/23_gradients.rows.ipynb #c39a066a
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +22,7 @@ from .borrowing import borrowed, both_losses, check_attached, check_space, finit
 from .engine import KINDS, LOSS_SCALES, OVERFLOW, mix, row_gradients, rows_of
 from .ghost import CHUNK, NotRowAligned, Use, check_rows, entries, recording, rows_may_be_confused, signals, sum_type
 from .objectives import Objective, batches
+from .passes import pass_tokens
 from .space import ParameterSpace
 from .tokens import prediction_module
 
@@ -118,7 +119,7 @@ def _batch_rows(out: tuple[Tensor, Tensor], model: nn.Module, objective: Objecti
     with torch.no_grad():
         for matrix, group in zip(out, found, strict=True): _add(matrix, group, positions, layout, scale)
 
-# %% ../../nbs/23_gradients.rows.ipynb #4719bd3a
+# %% ../../nbs/23_gradients.rows.ipynb #7833fde1
 log = logging.getLogger(__name__)
 
 
@@ -142,7 +143,7 @@ def both_row_gradients(
     if engine == "loop": return slow(engine)
     with torch.inference_mode(False):
         out = (torch.zeros(len(frame), space.n, dtype=sum_type(p), device=p.device), torch.zeros(len(frame), space.n, dtype=sum_type(p), device=p.device))
-        for k, (positions, batch) in enumerate(batches(objective.prepare, frame, batch_size)):
+        for k, (positions, batch) in enumerate(batches(objective.prepare, frame, batch_size, tokens=pass_tokens(model))):
             try: _batch_rows(out, model, objective, batch.to(p.device), positions, space, k == 0)
             except NotRowAligned as error:
                 if engine == "ghost": raise
@@ -161,7 +162,7 @@ def squared_lengths(
     parts = [torch.linalg.vector_norm(part, dim=1).double().square() for part in vectors.split(STRETCH, dim=1)]
     return torch.stack(parts).sum(0) if parts else vectors.new_zeros(len(vectors), dtype=torch.float64)
 
-# %% ../../nbs/23_gradients.rows.ipynb #571ec88c
+# %% ../../nbs/23_gradients.rows.ipynb #1a3913a3
 def _lengths_of_uses(uses: Sequence[Use], rows: int, layout: Mapping[str, tuple[slice, Tensor | None]]) -> Tensor: # `(rows,)` float64
     "Squared lengths of the gradients of a batch, one parameter after the other."
     device = uses[0].signal.device if uses else torch.device("cpu")
@@ -194,7 +195,7 @@ def squared_row_lengths(
     frame, layout, device = rows_of(examples), _layout(space), next(model.parameters()).device
     result = torch.zeros(len(frame), dtype=torch.float64)
     with torch.inference_mode(False):
-        for k, (positions, batch) in enumerate(batches(objective.prepare, frame, batch_size)):
+        for k, (positions, batch) in enumerate(batches(objective.prepare, frame, batch_size, tokens=pass_tokens(model))):
             try:
                 with _forward(model, objective, batch.to(device), positions, space, k == 0) as (losses, uses, parameters):
                     (found,), scale = _signals_of(mix(losses, kind)[None], uses, parameters)

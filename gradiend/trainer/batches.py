@@ -7,7 +7,7 @@ __all__ = ['AUTO_NORM', 'log', 'SHARES', 'Evaluate', 'class_batches', 'batch_wei
            'gradient_scale', 'step_kinds', 'GradientStream', 'row_groups', 'shuffled', 'fits_budget', 'KeptGradients',
            'CachedStream', 'cached', 'worth_keeping', 'gradient_stream', 'stored_products', 'validation_encoder']
 
-# %% ../../nbs/51_trainer.batches.ipynb #3aad85f2
+# %% ../../nbs/51_trainer.batches.ipynb #ec419b2b
 import logging
 import math
 import tempfile
@@ -27,6 +27,7 @@ from ..core import InputError, fingerprint
 from ..data.examples import Examples
 from ..gradients.engine import encode, pair_gradients
 from ..gradients.objectives import Objective
+from ..gradients.passes import pass_tokens, passes
 from ..gradients.space import ParameterSpace
 from ..gradients.store import GradientStore, both_row_gradients, estimate_store_size, free_bytes, objective_identity, store_identity, write_store
 from ..model import GradiendModel
@@ -123,7 +124,17 @@ def step_kinds(
     if args.supervised_encoder: return args.source, args.source
     return (args.target, args.target) if args.supervised_decoder else (args.source, args.target)
 
-# %% ../../nbs/51_trainer.batches.ipynb #d6738db6
+# %% ../../nbs/51_trainer.batches.ipynb #e479ce5b
+def _added(
+    total: Sequence[Tensor] | None, # What earlier passes gave; None before the first
+    means: Sequence[Tensor], # Means over the rows of a pass
+    share: float, # Its share of all rows
+) -> Sequence[Tensor]: # A pass that holds all rows as it is
+    "The means over all rows, as far as they are known."
+    parts = means if share == 1 else [share * t for t in means]
+    return parts if total is None else [t.add_(more) for t, more in zip(total, parts, strict=True)]
+
+# %% ../../nbs/51_trainer.batches.ipynb #7ddd2465
 @dataclass(frozen=True, eq=False)
 class GradientStream:
     "The gradient batches of a training run, computed as they are needed."
@@ -146,11 +157,16 @@ class GradientStream:
         return self._plans[epoch]
 
     def batch(self, positions: Sequence[int] | np.ndarray, weight: float = 1.0) -> GradientBatch:
-        "Mean source and target gradient of some rows of one class: one forward and two backward passes."
-        watched, prepared = _Watched(self.objective), self.objective.prepare(self.frame.iloc[positions])
+        "Mean source and target gradient of some rows of one class: one forward and two backward passes, for long rows a few times."
         source, target = step_kinds(self.args)
-        gradients = pair_gradients(self.model, watched, prepared, source=source, target=target, space=self.space)  # type: ignore[arg-type]
-        return GradientBatch(*gradients, float(self.labels[positions[0]]), *watched.seen, weight=weight)
+        found: Sequence[Tensor] | None = None
+        for rows, prepared in passes(self.objective.prepare, self.frame.iloc[positions], tokens=pass_tokens(self.model)):
+            watched = _Watched(self.objective)
+            gradients = pair_gradients(self.model, watched, prepared, source=source, target=target, space=self.space)  # type: ignore[arg-type]
+            found = _added(found, (*gradients, *watched.seen), len(rows) / len(positions))
+        assert found is not None
+        g_source, g_target, factual, alternative = found
+        return GradientBatch(g_source, g_target, float(self.labels[positions[0]]), factual, alternative, weight=weight)
 
     def positions(self) -> Iterator[np.ndarray]:
         "Row positions of every batch, epoch after epoch, without end."
