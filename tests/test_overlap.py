@@ -13,6 +13,7 @@ from gradiend.comparison import ONE, entry_groups, shared_products
 from gradiend.core import InputError
 from gradiend.gradients.space import ParameterSpace
 from gradiend.model import GradiendConfig, GradiendModel
+from gradiend import overlap as module
 from gradiend.overlap import chance_of_at_least, chance_overlap, chance_within_kept, kept_expectation, overlap_of, topk_overlap, topk_sets
 
 SPACE = ParameterSpace.from_model(nn.Sequential(nn.Linear(20, 10), nn.Linear(10, 3)))
@@ -125,6 +126,32 @@ def test_tail_within_kept_is_exact():
         found = chance_within_kept(x, (a, b), (n_a, n_b), both)
         assert found == pytest.approx(expected, rel=1e-9), (x, a, b, n_a, n_b, both)
         assert found == pytest.approx(chance_within_kept(x, (b, a), (n_b, n_a), both), rel=1e-9)
+
+
+@pytest.mark.parametrize("at_once", [1, 2**20])
+def test_chances_of_many_pairs_are_those_of_each(at_once, monkeypatch):
+    "Pairs of equal and of different sizes, computed together, all at once or in portions, against whole numbers."
+    monkeypatch.setattr(module, "AT_ONCE", at_once)
+    rng, cases = random.Random(1), []
+    for n_a, n_b, a, b in [(30, 30, 9, 9)] * 40 + [(30, 25, 9, 12)] * 20 + [(25, 30, 12, 9)] * 20 + [(5, 5, 0, 3), (1, 1, 1, 1), (40, 0, 5, 0)]:
+        cases.append((rng.randint(0, min(a, b)), a, b, n_a, n_b, rng.randint(0, min(n_a, n_b))))
+    x, a, b, n_a, n_b, both = np.array(cases).T
+    full, within = module._tails(x, a, b, np.full(len(x), 40)), module._within(x, (a, b), (n_a, n_b, both))
+    for found, found_within, (x, a, b, n_a, n_b, both) in zip(full, within, cases, strict=True):
+        hits = sum(math.comb(a, i) * math.comb(40 - a, b - i) for i in range(x, min(a, b) + 1))
+        assert found == pytest.approx(float(Fraction(hits, math.comb(40, b))), rel=1e-9)
+        hits = sum(math.comb(both, j) * math.comb(n_a - both, a - j) * math.comb(j, i) * math.comb(n_b - j, b - i)
+                   for j in range(min(both, a) + 1) for i in range(x, min(j, b) + 1))
+        assert found_within == pytest.approx(float(Fraction(hits, math.comb(n_a, a) * math.comb(n_b, b))), rel=1e-9), (x, a, b, n_a, n_b, both)
+
+
+def test_chances_of_large_sets_do_not_depend_on_their_neighbours():
+    "Windows of terms are cut for a portion of pairs; each pair must get what it gets alone."
+    x, both = np.array([4_400, 5_001, 5_150, 7_600]), np.array([450_000, 500_000, 500_000, 700_000])
+    size, kept = (200_000, 200_000), (2_000_000, 2_000_000)
+    together = module._within(x, np.full((2, 4), size[0]), (*np.full((2, 4), kept[0]), both))
+    alone = [chance_within_kept(*pair) for pair in zip(x.tolist(), [size] * 4, [kept] * 4, both.tolist(), strict=True)]
+    assert together == pytest.approx(alone, rel=1e-9) and 0.4 < alone[1] < 0.6 and alone[3] < 1e-12
 
 
 def test_tail_within_kept_of_large_sets():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gradiend import comparison
-from gradiend.comparison import ONE, check_comparable, entry_groups, named_models, own_products, shared_columns, shared_products
+from gradiend.comparison import ONE, add_pairs, add_tables, check_comparable, entry_groups, named_models, own_products, shared_columns, shared_products
 from gradiend.core import InputError
 from gradiend.gradients.space import ParameterSpace
 from gradiend.model import GradiendConfig, GradiendModel
@@ -82,18 +82,19 @@ def test_every_measure_agrees_with_its_definition(models, by):
 
 
 @settings(max_examples=12, deadline=None)
-@given(several(), st.sampled_from([(1, 1), (64, 40), (10**9, 7)]))
-def test_sums_do_not_depend_on_how_the_space_is_cut(models, limits):
-    "Stretches of one place or of a few, numbered by counting or by sorting, give what the dense table gives."
+@given(several(), st.sampled_from([1, 10**9]), st.sampled_from([(1, 1), (7, 2), (2**16, 1000)]), st.sampled_from([0, 4, 10**9]))
+def test_sums_do_not_depend_on_how_the_space_is_cut(models, sparse, limits, dear):
+    "Stretches of one place or of a few, numbered by counting or by sorting, added up by pairs or by tables, give what the dense table gives."
     spaces, values = [m.space for m in models], [m.encoder_weight.detach()[0] for m in models]
     groups = entry_groups(SPACE, "parameter")
     table, there = np.stack([dense(m) for m in models]), np.zeros((len(models), SPACE.full_n))
     for row, m in zip(there, models, strict=True): row[m.space.global_index.numpy()] = 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison, "SPARSE", limits[0])
-        patch.setattr(comparison, "WRITTEN", limits[1])
+        for name, value in {"SPARSE": sparse, "WIDE": limits[0], "FEW": limits[1], "DEAR": dear}.items(): patch.setattr(comparison, name, value)
         found = shared_products(spaces, {"x": values}, [("x", "x"), ("x", ONE), (ONE, ONE)], groups)
+        counts = shared_products(spaces, {}, [(ONE, ONE)], groups)
         own = own_products(spaces, {"x": values}, [("x", ONE), (ONE, ONE)], groups)
+    assert (counts[ONE, ONE] == found[ONE, ONE]).all()
     code = np.repeat(groups.codes, SPACE.totals)
     for g in range(4):
         x, one = table * (code == g), there * (code == g)
@@ -103,12 +104,49 @@ def test_sums_do_not_depend_on_how_the_space_is_cut(models, limits):
 
 
 def test_columns_by_counting_and_by_sorting_are_the_same():
-    generator = torch.Generator().manual_seed(0)
-    places = torch.randint(0, 300, (400,), generator=generator)
+    places = np.random.default_rng(0).integers(0, 300, 400)
     by_counting, by_sorting = shared_columns(places, 300), shared_columns(places, 10**6)
-    assert torch.equal(by_counting[0], by_sorting[0]) and by_counting[1] == by_sorting[1]
-    counts = np.bincount(places.numpy(), minlength=300)
-    assert by_counting[1] == (counts > 1).sum() and ((by_counting[0] < by_counting[1]).numpy() == (counts[places] > 1)).all()
+    assert all((a == b).all() for a, b in zip(by_counting, by_sorting, strict=True))
+    counts = np.bincount(places, minlength=300)
+    column, fill = by_counting
+    assert fill.tolist() == counts[counts > 1].tolist() and ((column < len(fill)) == (counts[places] > 1)).all()
+
+
+@pytest.mark.parametrize("columns", [3, 200, 300, 70_000])
+def test_pairs_and_tables_add_up_to_the_same(columns):
+    "Two to five of nine vectors in each column, whatever number of bits the columns take."
+    rng, m = np.random.default_rng(columns), 9
+    there = rng.random((m, columns)).argsort(axis=0) < rng.integers(2, 6, columns)
+    vector, column = there.nonzero()
+    values = {"x": rng.normal(size=len(vector)), "y": rng.normal(size=len(vector)).astype(np.float32)}
+    tables = {name: np.zeros((m, columns)) for name in values} | {ONE: there.astype(float)}
+    for name, v in values.items(): tables[name][vector, column] = v
+    wanted = [("x", "x"), ("x", "y"), ("y", ONE), (ONE, ONE)]
+    by_pairs, by_tables = ({pair: np.zeros((m, m)) for pair in wanted} for _ in range(2))
+    add_pairs(by_pairs, vector, column, values)
+    add_tables(by_tables, tables)
+    for x, y in wanted:
+        expected = np.array([[(tables[x][a] * tables[y][b]).sum() if a != b else 0 for b in range(m)] for a in range(m)])
+        assert np.allclose(by_pairs[x, y], expected, rtol=1e-12, atol=1e-9)
+        assert np.allclose(by_tables[x, y] * ~np.eye(m, dtype=bool), expected, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("dear", [0, 10**9])
+def test_measures_across_many_stretches(dear, monkeypatch):
+    "Four models of a few thousand values, many of them equal, spread over two parameters and several stretches, against dense float64."
+    monkeypatch.setattr(comparison, "DEAR", dear)
+    monkeypatch.setattr(comparison, "FEW", 500)
+    space = ParameterSpace.from_global(["a", "b"], [[400, 250], [300, 100]], None)
+    rng, models, full = np.random.default_rng(1), [], np.zeros((4, space.full_n))
+    for row in full:
+        kept = np.sort(rng.choice(space.full_n, 9000, replace=False))
+        made = GradiendModel.create(space.keep(kept.tolist()), GradiendConfig(pair=("a", "b")))
+        row[kept] = np.round(rng.normal(0.4, 1, 9000), 2).astype(np.float32)
+        with torch.no_grad(): made.encoder_weight.copy_(torch.from_numpy(row[kept])[None])
+        models.append(made)
+    for measure in MEASURES:
+        square = similarity(models, measure).matrix().to_numpy()
+        for i, j in ((0, 1), (0, 3), (1, 2)): assert square[i, j] == pytest.approx(slow(measure, full[i], full[j]), abs=1e-6 if dear else 1e-9), measure
 
 
 def test_pruning_zeros_changes_nothing():
@@ -152,10 +190,27 @@ def test_topk_uses_the_largest_by_size():
     with pytest.raises(InputError, match="kept 3"): similarity([model(values), model(values[:3], [0, 1, 2])], topk=4)
 
 
-def test_midranks_are_those_of_pandas():
-    values = torch.tensor([3.0, 1.0, 3.0, -2.0, 1.0, 1.0, 0.0])
-    assert midranks(values).tolist() == pd.Series(values.numpy()).rank(method="average").tolist()
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@settings(max_examples=60, deadline=None)
+@given(numbers=st.lists(st.one_of(st.sampled_from([0.0, -0.0, 1.0, -1.0, 3.0, 1e-45, -1e-45, math.inf, -math.inf]), st.floats(allow_nan=False, width=32))))
+def test_midranks_are_those_of_pandas(dtype, numbers):
+    values = np.array(numbers, dtype=dtype)
+    assert midranks(torch.from_numpy(values)).tolist() == pd.Series(values).rank(method="average").tolist()
+
+
+def test_midranks_of_many_values_and_of_none():
+    values = np.random.default_rng(0).normal(size=200_000).astype(np.float32)
+    values[::7] = np.round(values[::7], 2)
+    assert (midranks(torch.from_numpy(values)).numpy() == pd.Series(values).rank(method="average").to_numpy()).all()
     assert midranks(torch.empty(0)).tolist() == []
+
+
+@pytest.mark.slow
+def test_midranks_of_more_values_than_float32_can_number():
+    n = 2**23 + 4  # halves of such ranks are no float32 any more
+    values = torch.arange(n, dtype=torch.float32)
+    values[-2:] = values[-1]
+    assert midranks(values)[-3:].tolist() == [n - 2, n - 0.5, n - 0.5]
 
 
 def test_parts_and_dimensions():
