@@ -5,20 +5,22 @@
 # %% auto #0
 __all__ = ['write_table', 'read_written', 'table_difference', 'saved_base', 'base_content', 'Task', 'Shared', 'trainer_of']
 
-# %% ../nbs/86_childtask.ipynb #3f4240b4
+# %% ../nbs/86_childtask.ipynb #3fbbfa5c
 import hashlib
 import multiprocessing
 import os
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
@@ -28,7 +30,7 @@ from .gradients.space import ParameterSpace
 from .gradients.store import objective_identity, tokenizer_fingerprint
 from .model import package_versions
 from .trainer.arguments import TrainingArguments
-from .trainer.checkpoints import MATTERING, NO_EFFECT
+from .trainer.checkpoints import LOCK, MATTERING, NO_EFFECT, FolderInUseError, run_lock
 from .trainer.preparation import load_pair
 from .trainer.seeds import GRADIENTS
 from .trainer.text import TextPredictionTrainer
@@ -152,7 +154,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping): return {str(key): _plain(v) for key, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-# %% ../nbs/86_childtask.ipynb #c88565cc
+# %% ../nbs/86_childtask.ipynb #98fb520a
 @contextmanager
 def _quiet_worker() -> Iterator[None]:
     "No progress bars of transformers in a block, if this process was started to work for another one."
@@ -164,6 +166,20 @@ def _quiet_worker() -> Iterator[None]:
     finally: enable_progress_bar()
 
 
+@contextmanager
+def _own_folder(folder: Path) -> Iterator[Path]:
+    "A folder of this block alone, which is locked, and removed at the end. Those of dead processes are removed before."
+    for lock in folder.glob(f"{GRADIENTS}-*/{LOCK}"):
+        try:
+            with run_lock(lock.parent): shutil.rmtree(lock.parent, ignore_errors=True)
+        except (FolderInUseError, OSError): continue  # of a living process, or gone in the meantime
+    own = folder / f"{GRADIENTS}-{secrets.token_hex(4)}"
+    own.mkdir(parents=True)
+    try:
+        with run_lock(own): yield own
+    finally: shutil.rmtree(own, ignore_errors=True)
+
+# %% ../nbs/86_childtask.ipynb #4223edf7
 class Shared:
     "What children in one process need only once: language model, tables, and the folder of kept gradients."
 
@@ -186,18 +202,24 @@ class Shared:
         if path is not None and path not in self._read: self._read[path] = how(path)
         return None if path is None else self._read[path]
 
-    def forget_gradients(self) -> None:
-        "Remove the gradients that were kept for several children."
-        if self.gradients is not None: shutil.rmtree(self.gradients, ignore_errors=True)
+    @contextmanager
+    def keeping_gradients(self, folder: str | Path, *, stay: bool = False) -> Iterator[Path]:
+        "Have a common folder for gradients inside the with block: one of the block alone, which goes with it, or one that stays."
+        before = self.gradients
+        with nullcontext(Path(folder).absolute() / GRADIENTS) if stay else _own_folder(Path(folder).absolute()) as self.gradients:
+            try: yield self.gradients
+            finally: self.gradients = before
 
-    def link_gradients(self, task: Task) -> None:
-        "Let a child keep its gradients in the common folder; where links cannot be made it keeps its own."
+    def link_gradients(self, task: Task) -> Path | None:
+        "Let a child keep its gradients in the common folder; None where it keeps its own, also because links cannot be made."
         link = Path(task.folder) / GRADIENTS
-        if link.is_symlink(): link.unlink()  # of an earlier process, with which nothing is shared
-        if self.gradients is None or link.exists() or task.arguments.get("solver", "adamw") != "adamw": return
-        self.gradients.mkdir(parents=True, exist_ok=True)
-        try: link.symlink_to(os.path.relpath(self.gradients, link.parent.absolute()), target_is_directory=True)
-        except OSError: pass  # a file system without links
+        if link.is_symlink(): link.unlink()  # of a process that was killed
+        if self.gradients is None or link.exists() or task.arguments.get("solver", "adamw") != "adamw": return None
+        place = self.gradients / f"passes-of-{min(16, task.arguments.get('eval_batch_size', 16))}"
+        place.mkdir(parents=True, exist_ok=True)
+        try: link.symlink_to(os.path.relpath(place, link.parent.absolute()), target_is_directory=True)
+        except OSError: return None  # a file system without links
+        return link
 
     def prune(self, task: Task, trainer: TextPredictionTrainer) -> None:
         "Give a trainer the weights that pruning chose for an earlier child with the same rows, or keep its choice for later ones."
@@ -205,8 +227,10 @@ class Shared:
         if self.gradients is None or args.pre_prune_config is None: return
         asked = task.base, args.base_dtype, objective_identity(trainer.objective), trainer.examples.select("train").fingerprint, args.params, asdict(args.pre_prune_config)
         place = self.gradients / f"space-{fingerprint(*asked)}"
-        if place.is_dir(): trainer.space, trainer._cut_by = ParameterSpace.load(place), (args.params, args.pre_prune_config)
-        else: trainer.pre_prune().save(place)
+        try: trainer.space, trainer._cut_by = ParameterSpace.load(place), (args.params, args.pre_prune_config)
+        except (InputError, SafetensorError, LookupError, OSError):  # not there, or damaged
+            shutil.rmtree(place, ignore_errors=True)
+            trainer.pre_prune().save(place)
 
 # %% ../nbs/86_childtask.ipynb #e8263c9c
 def trainer_of(

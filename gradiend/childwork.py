@@ -78,7 +78,7 @@ def _facts_alone(task: Task, trainer: TextPredictionTrainer) -> dict[str, Any]:
     if len(names) > 1: raise InputError("its model is not the one of its report, it was cut down or replaced later")
     return training_facts(report, kept.space.n)
 
-# %% ../nbs/86_childwork.ipynb #f21919b1
+# %% ../nbs/86_childwork.ipynb #1ccf07a8
 def recognised(
     task: Task,
     shared: Shared | None = None, # What earlier tasks of this process loaded
@@ -104,7 +104,7 @@ def keep_record(
     facts: Mapping[str, Any] | None = None, # From `training_facts`; None: the child is only begun
 ) -> dict[str, Any]:
     "Write what the folder of a child holds; with facts also which report they are from."
-    record = {"identity": task.identity} | ({} if facts is None else {"facts": dict(facts), "report": _report_mark(task)})
+    record = {"identity": task.identity} | ({} if facts is None else {"facts": dict(facts), "report": _report_mark(task), "model": _model_mark(task)})
     write_json(Path(task.folder) / RECORD, record)
     return record
 
@@ -114,7 +114,20 @@ def _report_mark(task: Task) -> str | None:
     path = Path(task.folder) / SEEDS / REPORT
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
-# %% ../nbs/86_childwork.ipynb #d2611d73
+
+def _model_mark(task: Task) -> list[int] | None:
+    "Size and time of the model in the folder of a child; None if there is none."
+    path = Path(task.folder) / "model" / "model.safetensors"
+    return [(told := path.stat()).st_size, told.st_mtime_ns] if path.is_file() else None
+
+
+def _replaced(task: Task, record: Mapping[str, Any]) -> bool:
+    "Whether the model in the folder of a child was written after its record. A damaged one is not: that is said where it is used."
+    if record.get("model") is None or _model_mark(task) in (None, record["model"]): return False
+    try: return kept_model(task) is not None
+    except InputError: return False
+
+# %% ../nbs/86_childwork.ipynb #a44ff2b5
 def read_record(
     task: Task,
     shared: Shared | None = None, # What earlier tasks of this process loaded
@@ -131,7 +144,7 @@ def read_record(
     if difference is not None:
         raise InputError(f"the folder {task.folder!r} belongs to another suite: {difference}. Give the same again, choose another run_id, or move the folder away")
     trained_since = record.get("report") is not None and _report_mark(task) not in (None, record["report"])
-    return recognised(task, shared) if trained_since else record
+    return recognised(task, shared) if trained_since or _replaced(task, record) else record
 
 
 def finished_facts(
@@ -161,7 +174,7 @@ def training_facts(
     return {"correlation": run.correlation, "converged": run.converged, "seed": run.seed, "converged_seeds": report.converged, "seeds": len(report.runs),
             "best_step": run.best_step, "steps": len(run.losses), "learning_rate": run.learning_rate, "entries": entries}
 
-# %% ../nbs/86_childwork.ipynb #292868a9
+# %% ../nbs/86_childwork.ipynb #b6a92beb
 def lock_holder(
     folder: str | Path, # Of a child
 ) -> str | None: # Such as "process 4711 on node7, since 2026-11-20 14:02"; None without a lock that can be read
@@ -174,14 +187,14 @@ def lock_holder(
 
 
 @contextmanager
-def _lock_explained(task: Task) -> Iterator[None]:
+def _lock_explained(task: Task, resume: bool) -> Iterator[None]:
     "Say of a folder that is in use who holds it, since when, and what to do."
     try: yield
     except FolderInUseError as error:
         holder = lock_holder(task.folder)
         if holder is None: raise
         raise FolderInUseError(f"the folder of child {task.child_id!r} is locked by {holder}: wait for it. If that process is certainly gone, delete the file "
-                               f"{str(Path(task.folder) / LOCK)!r} and call again; the training goes on from its last saved state") from error
+                               f"{str(Path(task.folder) / LOCK)!r} and call again; the training {'goes on from its last saved state, if there is one' if resume else 'begins anew'}") from error
 
 # %% ../nbs/86_childwork.ipynb #e499ea06
 @dataclass(frozen=True, eq=False)
@@ -210,7 +223,7 @@ def _accounted(outcome: dict[str, Any]) -> Iterator[None]:
         outcome |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
     outcome["seconds"] = time.perf_counter() - start
 
-# %% ../nbs/86_childwork.ipynb #7cd8c5c3
+# %% ../nbs/86_childwork.ipynb #058938d6
 def run_task(
     task: Task,
     *,
@@ -231,16 +244,27 @@ def _trained(task: Task, shared: Shared, resume: bool) -> dict[str, Any]:
     read_record(task, shared)
     trainer, folder = trainer_of(task, shared), Path(task.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock_explained(task):
-        with run_lock(folder):  # nothing is touched that another process is using
-            keep_record(task)
-            shared.link_gradients(task)
-        shared.prune(task, trainer)
-        report = trainer.train(resume=resume, progress=False)
-    if not report.complete: raise KeyboardInterrupt(f"child {task.child_id} was interrupted after {len(report.run.losses)} steps; its state is saved")
+    link = None
+    try:
+        with _lock_explained(task, resume):
+            with run_lock(folder):  # nothing is touched that another process is using
+                keep_record(task)
+                link = shared.link_gradients(task)
+            shared.prune(task, trainer)
+            report = trainer.train(resume=resume, progress=False)
+    finally:
+        if link is not None: link.unlink(missing_ok=True)  # so that nothing leads out of the folder of a child
+    if not report.complete: raise KeyboardInterrupt(_interrupted(task.child_id, report, folder))
     facts = training_facts(report, trainer.get_model().space.n)
     keep_record(task, facts)
     return facts
+
+
+def _interrupted(child_id: str, report: SeedReport, folder: str | Path | None) -> str:
+    "What to say of an interrupted training, and whether the next one goes on from there."
+    if folder is None: rest = "without an experiment folder its next training begins anew"
+    else: rest = "its state is saved" if (Path(folder) / NAME).exists() else "no state of it was saved, so its next training begins anew"
+    return f"child {child_id} was interrupted after {len(report.run.losses)} steps; {rest}"
 
 # %% ../nbs/86_childwork.ipynb #da4ffb4f
 def evaluate_task(
@@ -261,7 +285,7 @@ def evaluate_task(
         outcome |= {"facts": facts, "result": getattr(trainer, method)(**(options or {}))}
     return TaskOutcome(**outcome)
 
-# %% ../nbs/86_childwork.ipynb #491f031c
+# %% ../nbs/86_childwork.ipynb #66c1e870
 def unfinished(
     trainer: TextPredictionTrainer,
 ) -> bool:
@@ -289,5 +313,4 @@ def local_outcome(
 def _train_locally(child_id: str, trainer: TextPredictionTrainer, resume: bool) -> None:
     "Train a trainer in memory. An interruption, of which the trainer makes an incomplete report, is raised."
     report = trainer.train(resume=resume, progress=False)
-    rest = "its state is saved" if trainer.folder is not None else "without an experiment folder its next training begins anew"
-    if not report.complete: raise KeyboardInterrupt(f"child {child_id} was interrupted after {len(report.run.losses)} steps; {rest}")
+    if not report.complete: raise KeyboardInterrupt(_interrupted(child_id, report, trainer.folder))

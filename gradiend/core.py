@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['InputError', 'MissingExtraError', 'check_choice', 'optional_import', 'fingerprint', 'write_json', 'read_json',
-           'atomic_folder', 'progress', 'Readable', 'pearson']
+           'atomic_folder', 'synced', 'remove_scratch', 'atomic_file', 'progress', 'Readable', 'pearson']
 
 # %% ../nbs/00_core.ipynb #44bf6a1c
 import dataclasses
@@ -240,6 +240,42 @@ def atomic_folder(
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in [] if done else new_parents:
             if parent.is_dir() and not any(parent.iterdir()): parent.rmdir()
+
+# %% ../nbs/00_core.ipynb #74d8d45b
+def synced(
+    path: Path, # A file or folder
+) -> None:
+    "Wait until a file, or the names in a folder, have reached the disk."
+    if path.is_dir() and os.name != "posix": return  # there a folder cannot be opened
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try: os.fsync(handle)
+    finally: os.close(handle)
+
+
+def remove_scratch(
+    path: Path, # What was to be written
+) -> Path: # The scratch folder, which is not there any more
+    "Remove what a killed write of a file has left."
+    scratch = path.with_name(f".{path.name}.tmp")
+    if scratch.is_dir(): shutil.rmtree(scratch)
+    else: scratch.unlink(missing_ok=True)
+    return scratch
+
+
+@contextmanager
+def atomic_file(
+    path: str | Path, # The file to write, in a folder that is there
+) -> Iterator[Path]: # Where to write it inside the with block
+    "Write a file in one step: complete or not at all."
+    path = Path(path)
+    scratch = remove_scratch(path)
+    scratch.mkdir()
+    try:
+        yield scratch / path.name
+        synced(scratch / path.name)
+        os.replace(scratch / path.name, path)
+        synced(path.parent)
+    finally: shutil.rmtree(scratch, ignore_errors=True)
 
 # %% ../nbs/00_core.ipynb #4295c1bd
 def progress(

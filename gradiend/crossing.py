@@ -181,7 +181,7 @@ class CrossTables(Readable):
                              "give every encoder's data under the encoder's name")
         return square.div(pd.Series({name: square.loc[name, name] for name in self.pairs}), axis=0)
 
-# %% ../nbs/77_crossing.ipynb #ef878d84
+# %% ../nbs/77_crossing.ipynb #e4d9fd75
 @dataclass(frozen=True, eq=False)
 class CrossMatrices(CrossTables):
     "The same encodings, pooled over data sets."
@@ -189,10 +189,12 @@ class CrossMatrices(CrossTables):
     @cached_property
     def first_seen(self) -> dict[str, np.ndarray]: # By data set: `(N,)` bool
         "Which rows of a data set are in none before it; only these count where data sets are put together."
-        columns = ["masked", "factual", "alternative", "factual_class", "alternative_class"]
-        new = ~pd.concat([frame[columns] for frame in self.rows.values()]).duplicated().to_numpy()
-        ends = np.cumsum([len(frame) for frame in self.rows.values()])
-        return dict(zip(self.rows, np.split(new, ends[:-1]), strict=True))
+        columns, seen, found = ["masked", "factual", "alternative", "factual_class", "alternative_class"], set[tuple[Any, ...]](), {}
+        for data, frame in self.rows.items():  # a row that a set itself holds twice counts twice, as in all its scores
+            keys = list(frame[columns].itertuples(index=False, name=None))
+            found[data] = np.array([key not in seen for key in keys], dtype=bool)
+            seen.update(keys)
+        return found
 
     def _by(self, kind: str) -> dict[str, pd.DataFrame]: # Of `n`, `mean`, `std`: `(encoders, groups)`
         "Encodings pooled by transition, or by the class of a word."
@@ -292,7 +294,15 @@ def _check_labels(rows: Mapping[str, pd.DataFrame], data: Mapping[str, Examples]
             raise InputError(f"{given}: the {len(frame)} rows of data set {name!r} that are read have only one class where the {source} word counts; "
                              f"{'use another split or source' if max_size is None else 'give a larger max_size'}")
 
-# %% ../nbs/77_crossing.ipynb #dc1eb227
+# %% ../nbs/77_crossing.ipynb #4fd2ef83
+def _check_objective(named: Mapping[str, GradiendModel], objective: Objective) -> None:
+    "Raise InputError for a model that was trained on gradients of another objective."
+    asked = getattr(objective, "name", "custom")
+    for name, model in named.items():
+        if model.config.objective != asked:
+            raise InputError(f"objective: it is {asked!r}, and {name!r} was trained with {model.config.objective!r}; an encoder reads the gradients that it was made for, so compare models of one objective")
+
+
 def cross_encode(
     models: Models, # Models of one base model, saved folders, or something with `get_models()`
     base_model: PreTrainedModel, # That base model
@@ -310,11 +320,13 @@ def cross_encode(
     "Let every encoder read the rows of every data set. Raises InputError for models or data that do not fit."
     named = named_models(models, labels)
     check_comparable(named)
+    _check_objective(named, objective)
     known = [model for model in named.values() if model.config.base_model.get("fingerprint") is not None]
     check_base((known or list(named.values()))[0], base_model)
     if bad := [name for name, model in named.items() if not 0 <= latent < model.config.latent_dim]:
         raise InputError(f"latent={latent}: {bad[0]!r} has {named[bad[0]].config.latent_dim} latent number(s), counted from 0")
     if source is not None: check_choice("source", source, SOURCES)
+    if max_size is not None and (isinstance(max_size, bool) or not isinstance(max_size, int)): raise InputError(f"max_size={max_size!r}: give a whole number of rows, or None for all")
     sets, sources = _data_sets(data, named), {name: source or model.config.source for name, model in named.items()}
     rows = {name: _rows(name, examples, split, max_size, seed) for name, examples in sets.items()}
     _check_labels(rows, sets, sources.values(), max_size)

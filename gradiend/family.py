@@ -6,7 +6,7 @@
 __all__ = ['SuiteReport', 'SuiteResults', 'FamilyTraining', 'FamilyEvaluation', 'FamilyComparison', 'options_apart',
            'TrainerFamily']
 
-# %% ../nbs/86_family.ipynb #f558e601
+# %% ../nbs/86_family.ipynb #327571c4
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -19,6 +19,7 @@ import pandas as pd
 from .childwork import TaskOutcome
 from .core import InputError, Readable, check_choice
 from .crossing import CrossEncoding, cross_encode
+from .gradients.store import objective_identity
 from .model import GradiendModel
 from .overlap import OverlapResult, topk_overlap
 from .similarities import SimilarityResult, similarity
@@ -149,7 +150,7 @@ class FamilyEvaluation(FamilyTraining):
         "Evaluate the decoder of every child; options as for the trainer, and those of `evaluate`."
         return self.evaluate("evaluate_decoder", executor, **options)
 
-# %% ../nbs/86_family.ipynb #5387c34b
+# %% ../nbs/86_family.ipynb #205ff8c8
 class FamilyComparison(FamilyEvaluation):
     "What the features of all children have to do with each other."
 
@@ -165,7 +166,10 @@ class FamilyComparison(FamilyEvaluation):
         "How the encoder of every child sees the rows of every child; options of `cross_encode`."
         models = self.get_models(children)
         trainers = {name: self.trainer(name) for name in models}
-        first = next(iter(trainers.values()))
+        first, *others = trainers.values()
+        for name, other in zip([*trainers][1:], others, strict=True):
+            if objective_identity(other.objective) != objective_identity(first.objective):
+                raise InputError(f"children: {name!r} reads its rows in another way than {next(iter(trainers))!r} (objective, max_length or tokenizer), and all encoders are to read the same gradients; choose children that agree")
         return cross_encode(models, first.base_model, first.objective, {name: trainer.examples for name, trainer in trainers.items()}, **options)
 
 # %% ../nbs/86_family.ipynb #674a6295

@@ -235,3 +235,24 @@ def test_list_of_data_sets_takes_the_names_of_the_models(bench):
     assert list(crossed.rows) == list(crossed.pairs) == ["3SG-3PL", "3SG-N", "3PL-N"]
     alone = encode_with_all({"x": models["other"]}, base, objective, data["other"].frame, {"x": "factual"})
     assert np.allclose(crossed.encoded["3PL-N"][:, 2], alone[:, 0])
+
+
+def test_gradients_of_another_objective_are_refused(bench):
+    base, objective, data, models = bench
+    other = GradiendModel.create(models["number"].space, replace(models["number"].config, objective="causal_lm"), seed=0).double()
+    with pytest.raises(InputError, match="objective: it is 'masked_lm', and 'odd' was trained with 'causal_lm'"): cross_encode({"number": models["number"], "odd": other}, base, objective, {"number": data["number"], "odd": data["person"]})
+
+
+@pytest.mark.parametrize("wrong", [2.5, "4", True])
+def test_max_size_must_be_a_whole_number(bench, wrong):
+    base, objective, data, models = bench
+    with pytest.raises(InputError, match="max_size="): cross_encode(models, base, objective, data, max_size=wrong)
+
+
+def test_rows_count_once_across_sets_and_twice_within_one(bench):
+    base, objective, data, models = bench
+    number = data["number"]
+    doubled = Examples(pd.concat([number.frame, number.frame.head(2)], ignore_index=True), number.pair)
+    crossed = cross_encode({"number": models["number"], "again": models["number"]}, base, objective, {"number": doubled, "again": number})
+    assert crossed.first_seen["number"].all() and not crossed.first_seen["again"].any()
+    assert crossed.transitions("n").loc["number"].sum() == len(doubled.frame) == len(number.frame) + 2

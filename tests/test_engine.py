@@ -129,6 +129,17 @@ def test_row_gradients_equal_a_plain_backward(kind, engine):
         check_close(kind, row_gradients(model, objective, ROWS, space=space, kind=gradient, engine=engine, batch_size=3), reference(kind, gradient)[:, space.global_index])
 
 
+def test_lengths_in_float16_do_not_overflow_in_an_embedding_that_scales():
+    words, model = tiny_model("gemma", dtype=torch.float32)
+    for p in model.parameters():
+        with torch.no_grad(): p.copy_(p.half())  # the same weights for both
+    objective, space = objective_for(words, model), ParameterSpace.from_model(model)
+    expected = squared_row_lengths(model, objective, ROWS, space=space, kind="diff")
+    model.half()
+    for found in (squared_row_lengths(model, objective, ROWS, space=space, kind="diff"), row_gradients(model, objective, ROWS, space=space, kind="diff").double().square().sum(1)):
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.0)
+
+
 @architectures
 def test_lengths_equal_those_of_a_plain_backward(kind):
     model, objective, full = make(kind)  # T5's table of positions is shared by all rows: there the gradients are written down

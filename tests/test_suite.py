@@ -5,6 +5,7 @@ import multiprocessing
 import pickle
 import os
 import re
+import shutil
 import warnings
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
@@ -332,7 +333,8 @@ def test_a_lock_of_another_machine_says_who_when_and_where(base, tmp_path):
     lock.write_text(json.dumps(mark | {"pid": 77, "host": "node7", "machine": "another"}))
     os.utime(lock, (1.7e9, 1.7e9))
     (folder / "gradients").symlink_to("elsewhere")  # in use by the process that holds the lock
-    with pytest.warns(UserWarning, match=r"locked by process 77 on node7, since 2023-11-1\d \d\d:\d\d: wait for it.*delete the file '.*he__she/run.lock' and call again"): report = one.train()
+    with pytest.warns(UserWarning, match=r"locked by process 77 on node7, since 2023-11-1\d \d\d:\d\d: wait for it.*delete the file '.*he__she/run.lock' and call again; the training goes on from its last saved state, if there is one"): report = one.train()
+    with pytest.warns(UserWarning, match="and call again; the training begins anew"): one.train(resume=False, children=["he__she"])
     assert report.frame["status"].tolist() == ["failed", "done"] and sorted(p.name for p in folder.iterdir()) == ["gradients", LOCK]
     assert os.readlink(folder / "gradients") == "elsewhere" and one.frame["status"].tolist() == ["not trained", "done"]
     lock.write_text("[]")
@@ -493,9 +495,10 @@ def test_children_with_equal_rows_share_kept_gradients(base, tmp_path, caplog):
     without = computed(caplog)
     assert 0 < with_sharing == without / 2
     for name in apart: assert weights(apart._members[name][0]) == weights(shared._members[name][0])
-    assert (tmp_path / "shared/0.001/he__they/gradients").is_symlink()
-    elsewhere = shared._members["slow/he__they"][0].tasks["he__they"]
-    assert run_task(elsewhere, resume=False).status == "done" and not (tmp_path / "shared/0.001/he__they/gradients").is_symlink()
+    elsewhere, link = shared._members["slow/he__they"][0].tasks["he__they"], tmp_path / "shared/0.001/he__they/gradients"
+    assert not link.is_symlink()
+    link.symlink_to(tmp_path / "gone")  # of a process that was killed
+    assert run_task(elsewhere, resume=False).status == "done" and link.is_dir() and not link.is_symlink()
 
 
 def passes(base: str, runs) -> list[int]:
@@ -560,6 +563,87 @@ def test_kept_gradients_go_when_the_suite_is_through_unless_asked_for(base, tmp_
         family = suite(base, tmp_path / str(asked), replace(PRUNED, cache_gradients=asked, num_train_epochs=4), kind=TrainerSuite, target_pairs=[("he", "they")])
         assert set(family.train(progress=False).frame["status"]) == {"done"}
         assert (tmp_path / str(asked) / SHARED / "gradients").exists() == stays
+        assert sorted(p.name for p in (tmp_path / str(asked) / SHARED).iterdir() if p.is_dir()) == ["gradients"] * stays
+        assert not list(tmp_path.rglob("*__*/gradients"))
+
+
+# `copytree` of a child and the training by its own trainer both failed while its link led nowhere
+@pytest.mark.parametrize("asked", ["auto", True])
+def test_no_link_outlives_a_training(base, tmp_path, caplog, monkeypatch, asked):
+    caplog.set_level(logging.INFO, "gradiend.gradients.store")
+    args = replace(PRUNED, cache_gradients=asked, num_train_epochs=4)
+    one, two = (suite(base, tmp_path / name, replace(args, learning_rate=rate), kind=TrainerSuite, target_pairs=[("he", "they")]) for name, rate in (("one", 1e-3), ("two", 1e-2)))
+    with monkeypatch.context() as patched:
+        interrupting(patched, 8 + 6)
+        with pytest.raises(KeyboardInterrupt, match="its state is saved"): quietly(TrainerCollection(one=one, two=two).train)
+    for name in ("one", "two"): assert not (tmp_path / name / "he__they/gradients").is_symlink()
+    assert [p.name for p in (tmp_path / "one" / SHARED).glob("gradients*")] == ["gradients"] * (asked is True)
+    caplog.clear()
+    assert quietly(one.train).frame["status"].tolist() == ["skipped"] and quietly(lambda: one.train(resume=False)).frame["status"].tolist() == ["done"]
+    assert (computed(caplog) == 0) == (asked is True)  # what was asked to stay is used again
+    shutil.copytree(tmp_path / "one/he__they", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "one" / SHARED)
+    for trainer in (one["he__they"], two["he__they"]): quietly(lambda trainer=trainer: trainer.train(progress=False))
+
+
+def test_processes_do_not_remove_the_gradients_of_each_other(base, tmp_path, monkeypatch):
+    args = replace(PRUNED, cache_gradients="auto", num_train_epochs=4)
+    one, two = (suite(base, tmp_path, args, kind=TrainerSuite, target_pairs=[("he", other)]) for other in ("they", "she"))
+    step, seen = Training.step, []
+    def between(self, batch, total):
+        step(self, batch, total)
+        if not seen:
+            seen.append(own := list((tmp_path / SHARED).glob("gradients-*")))
+            quietly(two.train)
+            two.evaluate_encoder(bootstrap=0)
+            assert len(own) == 1 and list((tmp_path / SHARED).glob("gradients-*")) == own and (tmp_path / "he__they/gradients").is_dir()
+    monkeypatch.setattr(Training, "step", between)
+    dead = tmp_path / SHARED / "gradients-dead"
+    dead.mkdir(parents=True)
+    with run_lock(dead) as lock: mark = lock.read_text()
+    lock.write_text(json.dumps(json.loads(mark) | {"boot": "before"}))
+    assert quietly(one.train).frame["status"].tolist() == ["done"] and len(seen) == 1
+    assert not list((tmp_path / SHARED).glob("gradients*"))  # neither ours nor what a dead process left
+    assert {"done"} == set(one.frame["status"]) | set(two.frame["status"])
+
+
+def test_an_interruption_says_whether_a_state_was_saved(base, tmp_path, monkeypatch):
+    for strategy, told in (("no", "no state of it was saved, so its next training begins anew"), ("best", "its state is saved")):
+        one = suite(base, tmp_path / strategy, replace(LOOP, save_strategy=strategy), kind=TrainerSuite, target_pairs=[("he", "they")])
+        with monkeypatch.context() as patched:
+            interrupting(patched, 6)
+            with pytest.raises(KeyboardInterrupt, match=f"after 5 steps; {told}"): quietly(one.train)
+
+
+def test_a_damaged_shared_space_is_computed_anew(base, tmp_path):
+    one = suite(base, tmp_path, replace(PRUNED, cache_gradients=True), kind=TrainerSuite, target_pairs=[("he", "they")])
+    one.train()
+    before = weights(one)
+    space = next((tmp_path / SHARED / "gradients").glob("space-*/space.safetensors"))
+    whole = space.read_bytes()
+    for damaged in (b"x", whole[:-8], None):
+        if damaged is None: (space.parent / "space.json").unlink()
+        else: space.write_bytes(damaged)
+        assert one.train(resume=False, on_error="raise").frame["status"].tolist() == ["done"] and weights(one) == before
+        assert space.read_bytes() == whole
+
+
+def test_children_of_other_evaluation_batches_share_nothing_that_depends_on_them(base, tmp_path):
+    def both(*sizes):
+        made = {f"b{n}": suite(base, tmp_path / str(sizes) / str(n), replace(LOOP, cache_gradients=True, eval_batch_size=n), kind=TrainerSuite, target_pairs=[("he", "they")]) for n in sizes}
+        quietly(TrainerCollection(**made).train)
+        return {name: weights(one) for name, one in made.items()}
+    assert both(16, 3, 32) == both(32, 3, 16)
+    assert sorted(p.name for p in (tmp_path / "(16, 3, 32)/16" / SHARED / "gradients").iterdir()) == ["passes-of-16", "passes-of-3"]
+
+
+def test_a_model_that_was_cut_down_by_hand_is_noticed(base, tmp_path):
+    one = suite(base, tmp_path, kind=TrainerSuite, target_pairs=[("he", "they")])
+    one.train()
+    os.utime(tmp_path / "he__they/model/model.safetensors", (1.7e9, 1.7e9))  # as after a copy
+    assert one.train().frame["status"].tolist() == ["skipped"]
+    one["he__they"].post_prune(PostPruneConfig(topk=20))
+    with pytest.raises(InputError, match="its model is not the one of its report"): suite(base, tmp_path, kind=TrainerSuite, target_pairs=[("he", "they")]).train()
 
 
 def test_figures_take_options_of_the_comparison_and_of_the_drawing(base, tmp_path, monkeypatch):

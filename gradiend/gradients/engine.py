@@ -132,11 +132,12 @@ def pair_gradients(
     source: str, # Kind of the first: "factual", "alternative" or "diff"
     target: str, # Kind of the second
     space: ParameterSpace, # Which entries to return
+    positions: Tensor | None = None, # `(B,)`: what to call the rows in messages; None: from 0
 ) -> tuple[Tensor, Tensor]: # Source and target gradient, `(n,)` each; the same tensor if the kinds agree
     "Mean source and target gradient of a batch, from one forward pass. Raises InputError for a space of another model or losses that are not finite."
     check_space(model, space)
     kinds = list(dict.fromkeys(check_choice(role, kind, KINDS) for role, kind in (("source", source), ("target", target))))
-    out = _add_sums(_empty_sums(model, space, len(kinds)), model, objective, batch, lambda losses: torch.stack([mix(losses, kind).mean() for kind in kinds]), space=space)
+    out = _add_sums(_empty_sums(model, space, len(kinds)), model, objective, batch, lambda losses: torch.stack([mix(losses, kind).mean() for kind in kinds]), space=space, positions=positions)
     return out[0], out[-1]
 
 # %% ../../nbs/22_gradients.engine.ipynb #6f926f7a

@@ -236,22 +236,23 @@ def _embedding_entries(ids: Tensor, signal: Tensor, module: nn.Module, index: Te
     result[hit] = sums[place[hit], index[hit] % sums.shape[1]]
     return result
 
-# %% ../../nbs/19_gradients.ghost.ipynb #5ae42c6c
+# %% ../../nbs/19_gradients.ghost.ipynb #a366dedc
 def _piecewise(use: Use, local: Sequence[str]) -> Iterator[tuple[slice, dict[str, Tensor]]]: # Pieces, and `(l, *shape)` by name
     "The parameter gradients of every piece of any module. Raises NotRowAligned if it cannot be computed piece by piece."
     flat, spec = tree_flatten(use.inputs)
     split = [isinstance(t, Tensor) and t.ndim > 0 and len(t) == len(use.row) for t in flat]
-    parameters = {k: use.module.get_parameter(k).detach() for k in local}
+    parameters = {k: _work(use.module.get_parameter(k).detach()) for k in local}
+    fixed = {k: _work(t.detach()) for k, t in (*use.module.named_parameters(), *use.module.named_buffers()) if k not in parameters and t.dtype == torch.float16}
 
     def one(signal: Tensor, *mapped: Tensor) -> dict[str, Tensor]:
         rest = iter(mapped)
         args, kwargs = tree_unflatten([next(rest)[None] if s else t for s, t in zip(split, flat, strict=True)], spec)
-        return vjp(lambda p: functional_call(use.module, p, args, kwargs), parameters)[1](signal[None])[0]
+        return vjp(lambda p: functional_call(use.module, fixed | p, args, kwargs), parameters)[1](signal[None])[0]
 
     step = max(1, CHUNK // sum(p.numel() for p in parameters.values()))
     for a in range(0, len(use.row), step):
-        pieces = [t[a:a + step] for s, t in zip(split, flat, strict=True) if s]
-        try: yield slice(a, a + step), vmap(one)(use.signal[a:a + step], *pieces)
+        pieces = [_work(t[a:a + step]) for s, t in zip(split, flat, strict=True) if s]
+        try: yield slice(a, a + step), vmap(one)(_work(use.signal[a:a + step]), *pieces)
         except torch.OutOfMemoryError: raise
         except RuntimeError as error: raise NotRowAligned(f"engine: module {use.name!r} cannot be computed row by row ({str(error).splitlines()[0]}); use engine='jvp' or 'loop'") from error
 

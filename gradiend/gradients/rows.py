@@ -151,14 +151,14 @@ def both_row_gradients(
                 return slow("auto")
     return out
 
-# %% ../../nbs/23_gradients.rows.ipynb #05320952
+# %% ../../nbs/23_gradients.rows.ipynb #fc23e078
 STRETCH = 2**14 # Entries that are summed in the precision of the vector
 
 
 def squared_lengths(
     vectors: Tensor, # `(m, n)`
 ) -> Tensor: # `(m,)` float64
-    "Squared lengths of long vectors, to the precision of their entries and without a copy."
+    "Squared lengths of long vectors, to about the precision of their entries and without a copy."
     parts = [torch.linalg.vector_norm(part, dim=1).double().square() for part in vectors.split(STRETCH, dim=1)]
     return torch.stack(parts).sum(0) if parts else vectors.new_zeros(len(vectors), dtype=torch.float64)
 

@@ -7,11 +7,10 @@ __all__ = ['STORED', 'SHARD_BYTES', 'HEADER_BYTES', 'FORMAT', 'log', 'pack', 'un
            'tokenizer_fingerprint', 'objective_identity', 'store_identity', 'first_disagreement', 'free_bytes',
            'write_store', 'GradientStore']
 
-# %% ../../nbs/23_gradients.store.ipynb #8867d307
+# %% ../../nbs/23_gradients.store.ipynb #c679ee68
 import json
 import logging
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..core import InputError, check_choice, fingerprint, progress, read_json, write_json
+from ..core import InputError, atomic_file, check_choice, fingerprint, progress, read_json, write_json
 from ..data.examples import Examples
 from .engine import KINDS, rows_of
 from .objectives import Objective
@@ -151,17 +150,14 @@ def first_disagreement(
         elif a != b: return f"{key}: {a!r} in the store, {b!r} asked for"
     return None
 
-# %% ../../nbs/23_gradients.store.ipynb #b3fb8945
+# %% ../../nbs/23_gradients.store.ipynb #fee5ae22
 def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.safetensors"
 
 
 def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     "Write one file in one step."
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary)
-    with open(temporary, "rb+") as f: os.fsync(f.fileno())
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary: save_file(tensors, temporary)
 
 
 def _shard_is_whole(path: Path, rows: int, entries: int) -> bool:

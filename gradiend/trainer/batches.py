@@ -162,7 +162,7 @@ class GradientStream:
         found: Sequence[Tensor] | None = None
         for rows, prepared in passes(self.objective.prepare, self.frame.iloc[positions], tokens=pass_tokens(self.model)):
             watched = _Watched(self.objective)
-            gradients = pair_gradients(self.model, watched, prepared, source=source, target=target, space=self.space)  # type: ignore[arg-type]
+            gradients = pair_gradients(self.model, watched, prepared, source=source, target=target, space=self.space, positions=torch.as_tensor(positions)[rows])  # type: ignore[arg-type]
             found = _added(found, (*gradients, *watched.seen), len(rows) / len(positions))
         assert found is not None
         g_source, g_target, factual, alternative = found

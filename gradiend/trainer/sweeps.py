@@ -6,7 +6,7 @@
 __all__ = ['KEPT_ROWS', 'Sweep', 'sweeps_frame', 'SweepFolder', 'bad_rows', 'GradientRows', 'remembering', 'ModelRows',
            'StoreRows']
 
-# %% ../../nbs/52_trainer.sweeps.ipynb #ab523e85
+# %% ../../nbs/52_trainer.sweeps.ipynb #10fa1b39
 from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core import InputError, check_choice, fingerprint, progress
+from ..core import InputError, atomic_file, check_choice, fingerprint, progress, remove_scratch
 from ..data.examples import Examples
 from ..gradients.engine import KINDS, accumulate, encode, rows_of
 from ..gradients.objectives import Batch, Objective
@@ -50,7 +50,7 @@ def sweeps_frame(
     rows = [(s.what, s.kind, s.vectors, s.share, s.forward_passes) for s in sweeps]
     return pd.DataFrame(rows, columns=["what", "kind", "vectors", "share", "forward_passes"])
 
-# %% ../../nbs/52_trainer.sweeps.ipynb #2945f91d
+# %% ../../nbs/52_trainer.sweeps.ipynb #c428fd47
 class SweepFolder:
     "Keeps the answer of every sweep in a folder; without a folder it keeps nothing."
 
@@ -66,9 +66,7 @@ class SweepFolder:
         asked = fingerprint(self.identity, *question)
         if (found := self._read(path, asked)) is not None: return found, True
         result = compute()
-        temporary = path.with_suffix(".tmp")
-        save_file({"answer": result.cpu().contiguous()}, temporary, metadata={"question": asked})
-        temporary.replace(path)
+        with atomic_file(path) as temporary: save_file({"answer": result.cpu().contiguous()}, temporary, metadata={"question": asked})
         return result, False
 
     def _read(self, path: Path, asked: str) -> Tensor | None:
@@ -82,6 +80,7 @@ class SweepFolder:
         "Remove the answers that were kept, and the folder if nothing else is in it."
         if self.folder is None: return
         for path in self.folder.glob("sweep-[0-9][0-9][0-9].*"): path.unlink()
+        for left in self.folder.glob(".sweep-*.tmp"): remove_scratch(self.folder / left.name[1:-4]) # of a write that was killed
         if not any(self.folder.iterdir()): self.folder.rmdir()
 
 # %% ../../nbs/52_trainer.sweeps.ipynb #b98de0ad
@@ -191,7 +190,7 @@ class ModelRows(GradientRows):
     def _lengths(self, positions: np.ndarray, kind: str) -> Tensor:
         return squared_row_lengths(self.model, self.objective, self.frame.iloc[positions], space=self.space, kind=kind)
 
-# %% ../../nbs/52_trainer.sweeps.ipynb #a75e638e
+# %% ../../nbs/52_trainer.sweeps.ipynb #c01d303c
 class StoreRows(GradientRows):
     "Gradients that lie in a `GradientStore`."
 
@@ -213,7 +212,9 @@ class StoreRows(GradientRows):
             if weights[part].any(): total += weights[part].float() @ read()
         return total.float()
 
-    def _lengths(self, positions: np.ndarray, kind: str) -> Tensor: return squared_lengths(self.store.rows(self.positions[positions], kind))
+    def _lengths(self, positions: np.ndarray, kind: str) -> Tensor:
+        parts = [self.positions[positions[a:a + self.block]] for a in range(0, len(positions), self.block)]
+        return torch.cat([squared_lengths(self.store.rows(part, kind)) for part in parts])
 
     def gram(self, kind: str) -> Tensor:
         "`G G^T` `(N, N)` in float64."
