@@ -85,7 +85,7 @@ CASES = {
     "in the third step after a state": lambda: [Die("on_step_end", 13)],
     "right after a state": lambda: [Die("on_save", 3)],
     "half a state written": lambda: patch(t.checkpoints, "save_file", nth(3, half_a_file)),
-    "a state written, not yet renamed": lambda: patch(t.checkpoints, "_synced", nth(3, lambda before, *a: die())),
+    "a state written, not yet renamed": lambda: patch(t.checkpoints, "save_file", nth(2, after)),
     "at the very end": lambda: [Die("on_train_end", 1)],
     "half the report written": lambda: patch(t.seeds.SeedReport, "save", lambda before: lambda self, folder: (patch(type(self.models[0]), "save_pretrained", nth(2, lambda *a: die())), before(self, folder))),
     "the report written, the state still there": lambda: patch(t.seeds.SeedReport, "save", nth(1, after)),

@@ -671,3 +671,11 @@ def test_figures_take_options_of_the_comparison_and_of_the_drawing(base, tmp_pat
         for name, value in {**given, "children": ["he__she"]}.items():
             with pytest.raises(InputError, match=f"^{name}: the result holds a comparison already"): plot(result, **{name: value})
     with pytest.raises((InputError, TypeError), match="colour"): one.plot_similarity(colour="red")
+
+
+def test_encoders_of_other_gradients_are_not_compared(base):
+    same, shorter = (TrainerSuite(base, DATA, args=replace(DIRECT, experiment_dir=None, **options), target_pairs=[("he", "they")]) for options in ({}, {"max_length": 6}))
+    family = TrainerCollection(one=same, two=shorter)
+    family.train(progress=False)
+    with pytest.raises(InputError, match="children: 'two/he__they' reads its rows in another way than 'one/he__they'"): family.cross_encode(split="all")
+    assert len(family.cross_encode(split="all", children=["one/he__they"]).matrix()) == 1

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gradiend import core
 from gradiend.core import InputError
 from gradiend.data.examples import Examples
 from gradiend.model import GradiendConfig
@@ -110,13 +111,14 @@ def test_killed_while_writing(tmp_path, monkeypatch, where):
 
     def half(tensors, path, metadata):
         path.write_bytes(b"\x10\0\0\0")
+        (path.parent / ".tmpAb12Cd").write_bytes(b"the writer's own file, of a name that nobody knows")
         stop()
 
     def write():
         if where == "before the file": monkeypatch.setattr(checkpoints, "save_file", stop)
         if where == "half a file": monkeypatch.setattr(checkpoints, "save_file", half)
         if where == "before the new name": monkeypatch.setattr(os, "replace", stop)
-        if where == "after the new name": monkeypatch.setattr(checkpoints, "_synced", lambda path: stop() if path.is_dir() else None)
+        if where == "after the new name": monkeypatch.setattr(core, "synced", lambda path: stop() if path.is_dir() else None)
         write_checkpoint(tmp_path, replace(STATE, step=8))
 
     assert os.WTERMSIG(in_child(write)) == signal.SIGKILL
