@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['write_table', 'read_written', 'table_difference', 'saved_base', 'base_content', 'Task', 'Shared', 'trainer_of']
 
-# %% ../nbs/86_childtask.ipynb #3fbbfa5c
-import hashlib
+# %% ../nbs/86_childtask.ipynb #8f41f980
 import multiprocessing
 import os
 import secrets
@@ -24,7 +23,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from .artifact import HUB_ID
+from .artifact import HUB_ID, file_digest
 from .core import InputError, atomic_folder, fingerprint, read_json, write_json
 from .gradients.space import ParameterSpace
 from .gradients.store import objective_identity, tokenizer_fingerprint
@@ -97,7 +96,7 @@ def saved_base(
             tokenizer.save_pretrained(new)
     return path, content
 
-# %% ../nbs/86_childtask.ipynb #256f33b9
+# %% ../nbs/86_childtask.ipynb #2b421e85
 def base_content(
     name: str, # Embedded name, folder or hub id
 ) -> str:
@@ -105,17 +104,12 @@ def base_content(
     folder = embedded_folder(name) if name in EMBEDDED else Path(name).expanduser()
     if folder.is_dir():
         files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in (".json", ".txt", ".model", ".safetensors", ".bin"))
-        return fingerprint([(p.name, _digest(p)) for p in files])
+        return fingerprint([(p.name, file_digest(p)) for p in files])
     try: return str(get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10).commit_hash)
     except Exception as error:  # every kind of network, permission or naming error means the same here
         cached = None if HUB_ID.fullmatch(name) is None else try_to_load_from_cache(name, "config.json")
         if isinstance(cached, str): return Path(cached).parent.name
         raise InputError(f"model={name!r} is neither embedded, nor a folder, nor a model of the hub that can be reached ({(str(error) or type(error).__name__).splitlines()[0]:.150})") from error
-
-
-def _digest(path: Path) -> str:
-    "A name for the bytes of a file, which is read in pieces."
-    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
 # %% ../nbs/86_childtask.ipynb #a0d29d64
 @dataclass(frozen=True)

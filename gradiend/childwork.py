@@ -6,8 +6,7 @@
 __all__ = ['RECORD', 'what_differs', 'recognised', 'keep_record', 'read_record', 'finished_facts', 'kept_model', 'training_facts',
            'lock_holder', 'TaskOutcome', 'run_task', 'evaluate_task', 'unfinished', 'local_outcome']
 
-# %% ../nbs/86_childwork.ipynb #ae2759fc
-import hashlib
+# %% ../nbs/86_childwork.ipynb #ecd7acda
 import threading
 import time
 import traceback
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .artifact import file_digest
 from .childtask import Shared, Task, read_written, table_difference, trainer_of
 from .core import InputError, fingerprint, read_json, write_json
 from .gradients.space import ParameterSpace
@@ -78,7 +78,7 @@ def _facts_alone(task: Task, trainer: TextPredictionTrainer) -> dict[str, Any]:
     if len(names) > 1: raise InputError("its model is not the one of its report, it was cut down or replaced later")
     return training_facts(report, kept.space.n)
 
-# %% ../nbs/86_childwork.ipynb #1ccf07a8
+# %% ../nbs/86_childwork.ipynb #7c8197c6
 def recognised(
     task: Task,
     shared: Shared | None = None, # What earlier tasks of this process loaded
@@ -112,7 +112,7 @@ def keep_record(
 def _report_mark(task: Task) -> str | None:
     "A name for the report in the folder of a child; None if there is none."
     path = Path(task.folder) / SEEDS / REPORT
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    return file_digest(path) if path.is_file() else None
 
 
 def _model_mark(task: Task) -> list[int] | None:

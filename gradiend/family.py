@@ -150,7 +150,7 @@ class FamilyEvaluation(FamilyTraining):
         "Evaluate the decoder of every child; options as for the trainer, and those of `evaluate`."
         return self.evaluate("evaluate_decoder", executor, **options)
 
-# %% ../nbs/86_family.ipynb #205ff8c8
+# %% ../nbs/86_family.ipynb #7422b6b6
 class FamilyComparison(FamilyEvaluation):
     "What the features of all children have to do with each other."
 
@@ -166,10 +166,11 @@ class FamilyComparison(FamilyEvaluation):
         "How the encoder of every child sees the rows of every child; options of `cross_encode`."
         models = self.get_models(children)
         trainers = {name: self.trainer(name) for name in models}
-        first, *others = trainers.values()
-        for name, other in zip([*trainers][1:], others, strict=True):
-            if objective_identity(other.objective) != objective_identity(first.objective):
-                raise InputError(f"children: {name!r} reads its rows in another way than {next(iter(trainers))!r} (objective, max_length or tokenizer), and all encoders are to read the same gradients; choose children that agree")
+        (start, first), *others = trainers.items()
+        expected = objective_identity(first.objective)
+        for name, other in others:
+            if objective_identity(other.objective) != expected:
+                raise InputError(f"children: {name!r} reads its rows in another way than {start!r} (objective, max_length or tokenizer), and all encoders are to read the same gradients; choose children that agree")
         return cross_encode(models, first.base_model, first.objective, {name: trainer.examples for name, trainer in trainers.items()}, **options)
 
 # %% ../nbs/86_family.ipynb #674a6295

@@ -216,24 +216,25 @@ def directional_derivatives(
 
 # %% ../../nbs/22_gradients.engine.ipynb #fa358f1b
 @contextmanager
-def _ghosts(model: nn.Module, objective: Objective, batch: Any, kind: str, space: ParameterSpace, positions: Tensor, check: bool) -> Iterator[tuple[list[Use], float]]:
-    "The uses of one batch with their signals, and the factor by which these are too large. Raises NotRowAligned."
+def _ghosts(model: nn.Module, objective: Objective, batch: Any, kinds: Sequence[str], space: ParameterSpace, positions: Tensor, check: bool) -> Iterator[tuple[list[list[Use]], float]]:
+    "For each kind the uses of one batch with their signals, from one forward pass, and the factor by which these are too large. Raises NotRowAligned."
     owner = getattr(batch, "owner", None)
     owner = torch.arange(len(positions)) if owner is None else owner
     places = getattr(batch, "rows", None)
     with borrowed(model, _live(space)) as parameters:
         try:
             with recording(model, parameters, owner, places=places, backbone=None if places is None else prediction_module(model)) as uses:
-                losses = finite(mix(both_losses(model, objective, batch, rows=len(positions)), kind), positions)
+                both = both_losses(model, objective, batch, rows=len(positions))
+                losses = finite(torch.stack([mix(both, kind) for kind in kinds]), positions)  # (M, B)
         except NotRowAligned as error:
             if error.__cause__ is not None: plain_losses(model, objective, batch)
             raise
         if not losses.requires_grad: check_attached(model, objective, batch)
-        if check and rows_may_be_confused(batch, len(owner)): check_rows(losses[0], 0, uses)
-        half = any(p.dtype == torch.float16 for p in parameters.values())
+        if check and rows_may_be_confused(batch, len(owner)): check_rows(losses.sum(0)[0], 0, uses)
+        half, last = any(p.dtype == torch.float16 for p in parameters.values()), len(kinds) - 1
         for scale in LOSS_SCALES if half else (1.0,):
-            found = signals(losses.to(sum_type(losses)).sum() * scale, uses, parameters, retain_graph=half)
-            if not half or all(use.signal.isfinite().all() for use in found): break
+            found = [signals(each.to(sum_type(each)).sum() * scale, uses, parameters, retain_graph=half or k < last) for k, each in enumerate(losses)]
+            if not half or all(use.signal.isfinite().all() for group in found for use in group): break
         else: raise InputError(OVERFLOW)
     with torch.no_grad(): yield found, scale
 
@@ -271,7 +272,7 @@ class NoForwardMode(InputError):
 
 def _by_ghost(q: _Question, part: pd.DataFrame, batch: Any, positions: Tensor, first: bool) -> Tensor: # `(B, K)`
     result, layout = torch.zeros(len(part), len(q.directions), dtype=q.directions.dtype), _layout(q.space)
-    with _ghosts(q.model, q.objective, batch, q.kind, q.space, positions, check=first) as (uses, scale):
+    with _ghosts(q.model, q.objective, batch, (q.kind,), q.space, positions, check=first) as ((uses,), scale):
         for use in uses: result.index_add_(0, use.row.cpu(), products(use, _whole(layout, q.directions, use)).to(result))
     return result / scale
 
@@ -354,7 +355,7 @@ def encode(
 def _ghost_rows(model: nn.Module, objective: Objective, batch: Any, space: ParameterSpace, kind: str, positions: Tensor, out: Tensor, first: bool) -> None:
     "Add the gradients of one batch to the rows `positions` of `out` `(N, n)`."
     layout = _layout(space)
-    with _ghosts(model, objective, batch, kind, space, positions, check=first) as (uses, scale):
+    with _ghosts(model, objective, batch, (kind,), space, positions, check=first) as ((uses,), scale):
         for use in uses:
             rows = positions.to(out.device)[use.row.to(out.device)]
             for name, piece, values in entries(use, {name: index for name, (_, index, _) in layout.items()}): out[:, layout[name][0]].index_add_(0, rows[piece], values.to(out), alpha=1 / scale)

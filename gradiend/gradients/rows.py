@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['FEW', 'log', 'STRETCH', 'picked', 'kept_entries', 'both_row_gradients', 'squared_lengths', 'squared_row_lengths']
 
-# %% ../../nbs/23_gradients.rows.ipynb #c39a066a
+# %% ../../nbs/23_gradients.rows.ipynb #e4666d82
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
@@ -16,15 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..core import InputError, check_choice
+from ..core import check_choice
 from ..data.examples import Examples
-from .borrowing import borrowed, both_losses, check_attached, check_space, finite, plain_losses
-from .engine import KINDS, LOSS_SCALES, OVERFLOW, mix, row_gradients, rows_of
-from .ghost import CHUNK, NotRowAligned, Use, check_rows, entries, recording, rows_may_be_confused, signals, sum_type
+from .borrowing import check_space
+from .engine import KINDS, _ghosts, row_gradients, rows_of
+from .ghost import CHUNK, NotRowAligned, Use, entries, sum_type
 from .objectives import Objective, batches
 from .passes import pass_tokens
 from .space import ParameterSpace
-from .tokens import prediction_module
 
 # %% ../../nbs/23_gradients.rows.ipynb #015bb3ef
 def picked(
@@ -85,38 +83,11 @@ def _add(out: Tensor, uses: list[Use], rows: Tensor, layout: Mapping[str, tuple[
         for name, piece, values in kept_entries(use, {name: index for name, (_, index) in layout.items()}):
             out[:, layout[name][0]].index_add_(0, places[piece], values.to(out), alpha=1 / scale)
 
-# %% ../../nbs/23_gradients.rows.ipynb #6e4a1cec
-def _signals_of(losses: Tensor, uses: list[Use], parameters: Mapping[str, nn.Parameter]) -> tuple[list[list[Use]], float]:
-    "The uses with the signals of each of M sets of losses `(M, B)`, and the factor by which these are too large. Raises InputError for an overflow."
-    half, last = any(p.dtype == torch.float16 for p in parameters.values()), len(losses) - 1
-    for scale in LOSS_SCALES if half else (1.0,):
-        found = [signals(each.to(sum_type(each)).sum() * scale, uses, parameters, retain_graph=half or k < last) for k, each in enumerate(losses)]
-        if not half or all(use.signal.isfinite().all() for group in found for use in group): return found, scale
-    raise InputError(OVERFLOW)
-
-
-@contextmanager
-def _forward(model: nn.Module, objective: Objective, batch: Any, positions: Tensor, space: ParameterSpace, first: bool) -> Iterator[tuple[Tensor, list[Use], Mapping[str, nn.Parameter]]]:
-    "One forward pass: both losses `(2, B)`, what was recorded, and the parameters. Raises NotRowAligned."
-    owner, places = getattr(batch, "owner", None), getattr(batch, "rows", None)
-    owner = torch.arange(len(positions)) if owner is None else owner
-    with borrowed(model, _layout(space)) as parameters:
-        try:
-            with recording(model, parameters, owner, places=places, backbone=None if places is None else prediction_module(model)) as uses:
-                losses = finite(both_losses(model, objective, batch, rows=len(positions)), positions)
-        except NotRowAligned as error:
-            if error.__cause__ is not None: plain_losses(model, objective, batch)
-            raise
-        if not losses.requires_grad: check_attached(model, objective, batch)
-        if first and rows_may_be_confused(batch, len(owner)): check_rows(losses.sum(0)[0], 0, uses)
-        yield losses, uses, parameters
-
-
+# %% ../../nbs/23_gradients.rows.ipynb #34343e50
 def _batch_rows(out: tuple[Tensor, Tensor], model: nn.Module, objective: Objective, batch: Any, positions: Tensor, space: ParameterSpace, first: bool) -> None:
     "Add both gradients of the rows of one batch to two matrices `(N, n)`. Raises NotRowAligned."
     layout = _layout(space)
-    with _forward(model, objective, batch, positions, space, first) as (losses, uses, parameters): found, scale = _signals_of(losses, uses, parameters)
-    with torch.no_grad():
+    with _ghosts(model, objective, batch, ("factual", "alternative"), space, positions, check=first) as (found, scale):
         for matrix, group in zip(out, found, strict=True): _add(matrix, group, positions, layout, scale)
 
 # %% ../../nbs/23_gradients.rows.ipynb #7833fde1
@@ -162,7 +133,7 @@ def squared_lengths(
     parts = [torch.linalg.vector_norm(part, dim=1).double().square() for part in vectors.split(STRETCH, dim=1)]
     return torch.stack(parts).sum(0) if parts else vectors.new_zeros(len(vectors), dtype=torch.float64)
 
-# %% ../../nbs/23_gradients.rows.ipynb #1a3913a3
+# %% ../../nbs/23_gradients.rows.ipynb #40e0a714
 def _lengths_of_uses(uses: Sequence[Use], rows: int, layout: Mapping[str, tuple[slice, Tensor | None]]) -> Tensor: # `(rows,)` float64
     "Squared lengths of the gradients of a batch, one parameter after the other."
     device = uses[0].signal.device if uses else torch.device("cpu")
@@ -197,11 +168,10 @@ def squared_row_lengths(
     with torch.inference_mode(False):
         for k, (positions, batch) in enumerate(batches(objective.prepare, frame, batch_size, tokens=pass_tokens(model))):
             try:
-                with _forward(model, objective, batch.to(device), positions, space, k == 0) as (losses, uses, parameters):
-                    (found,), scale = _signals_of(mix(losses, kind)[None], uses, parameters)
+                with _ghosts(model, objective, batch.to(device), (kind,), space, positions, check=k == 0) as ((uses,), scale):
+                    result[positions] = _lengths_of_uses(uses, len(positions), layout).cpu() / scale**2
             except NotRowAligned as error:
                 log.debug("squared_row_lengths: ghost gradients do not work for %s: %s", type(model).__name__, error)
                 one = (row_gradients(model, objective, frame.iloc[[i]], space=space, kind=kind, engine="loop") for i in range(len(frame)))
                 return torch.cat([squared_lengths(g).cpu() for g in one])  # one whole gradient at a time
-            with torch.no_grad(): result[positions] = _lengths_of_uses(found, len(positions), layout).cpu() / scale**2
     return result
