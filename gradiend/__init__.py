@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from gradiend.evaluator.encoder import EncoderResult as EncoderResult, evaluate_encoder as evaluate_encoder
     from gradiend.gradients.check import check_model as check_model, estimate as estimate
     from gradiend.gradients.engine import accumulate as accumulate, encode as encode
-    from gradiend.gradients.engine import pair_gradients as pair_gradients, row_gradients as row_gradients
+    from gradiend.gradients.engine import pair_gradients as pair_gradients
     from gradiend.gradients.objectives import masked_lm as masked_lm, objective_for as objective_for
+    from gradiend.gradients.rows import row_gradients as row_gradients
     from gradiend.gradients.store import GradientStore as GradientStore, write_store as write_store
     from gradiend.gradients.space import ParameterSpace as ParameterSpace
     from gradiend.model import GradiendModel as GradiendModel
@@ -91,7 +92,7 @@ _names = {
     "Examples": "data.examples", "make_examples": "data.examples", "neutral_examples": "data.examples",
     "ParameterSpace": "gradients.space", "masked_lm": "gradients.objectives",
     "objective_for": "gradients.objectives", "accumulate": "gradients.engine", "encode": "gradients.engine",
-    "pair_gradients": "gradients.engine", "row_gradients": "gradients.engine",
+    "pair_gradients": "gradients.engine", "row_gradients": "gradients.rows",
     "check_model": "gradients.check", "estimate": "gradients.check", "GradientStore": "gradients.store",
     "write_store": "gradients.store",
     "PrePruneConfig": "pruning", "PostPruneConfig": "pruning",

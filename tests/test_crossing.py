@@ -11,7 +11,7 @@ from gradiend import crossing
 from gradiend.core import InputError, pearson
 from gradiend.crossing import CrossEncoding, cross_encode, encode_with_all, score_rows, spread_out, union_space
 from gradiend.data.examples import COLUMNS, Examples, gradient_labels
-from gradiend.gradients.engine import row_gradients
+from gradiend.gradients.rows import row_gradients
 from gradiend.gradients.objectives import masked_lm
 from gradiend.gradients.space import ParameterSpace
 from gradiend.model import GradiendConfig, GradiendModel

@@ -11,10 +11,10 @@ from transformers import BertConfig, BertForMaskedLM
 
 from gradiend.core import InputError
 from gradiend.data.examples import make_examples
-from gradiend.gradients.engine import KINDS, _directions, accumulate, encode, mix, pair_gradients, pair_weights, row_gradients, weighted_sums
+from gradiend.gradients.engine import KINDS, _directions, accumulate, encode, mix, pair_gradients, pair_weights, weighted_sums
 from gradiend.gradients.ghost import NotRowAligned
 from gradiend.gradients.objectives import MaskedLM, objective_for
-from gradiend.gradients.rows import squared_row_lengths
+from gradiend.gradients.rows import row_gradients, squared_row_lengths
 from gradiend.gradients.space import ParameterSpace
 
 from .tiny import ARCHITECTURES, FLOAT32_INSIDE, tiny_model, tokenizer
@@ -92,6 +92,26 @@ def test_encode_equals_one_backward_per_row(kind, engine):
         directions = torch.randn(k, space.n, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
         found = encode(model, objective, ROWS, directions, space=space, kind=gradient, engine=engine, batch_size=size)
         check_close(kind, found, reference(kind, gradient)[:, space.global_index] @ directions.T)
+
+
+@architectures
+@pytest.mark.parametrize("engine", ["ghost", "jvp", "loop"])
+def test_several_kinds_in_one_pass_are_those_of_one_pass_each(kind, engine):
+    model, objective, full = make(kind)
+    space = without_tables(full) if kind == "t5" and engine == "ghost" else full
+    kinds = ("diff", "factual", "diff", "alternative")
+    directions = torch.randn(4, space.n, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    found = encode(model, objective, ROWS, directions, space=space, kind=kinds, engine=engine, batch_size=3)
+    check_close(kind, found, torch.stack([reference(kind, each)[:, space.global_index] @ v for each, v in zip(kinds, directions, strict=True)], 1))
+
+
+@architectures
+def test_several_sums_in_one_pass_are_those_of_one_pass_each(kind):
+    model, objective, space = make(kind)
+    weights = torch.randn(3, 2, len(ROWS), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights[1, 0] = weights[:, :, 2] = 0  # a sum of one kind only, and a row that nobody reads
+    factual, alternative = plain_row_gradients(kind).values()
+    check_close(kind, accumulate(model, objective, ROWS, weights[:, 0], weights[:, 1], space=space, batch_size=3), weights[:, 0] @ factual + weights[:, 1] @ alternative)
 
 
 @architectures

@@ -9,7 +9,8 @@ import torch
 from gradiend.core import InputError
 from gradiend.data.examples import make_examples
 from gradiend.delta import Delta, load_delta, save_delta
-from gradiend.gradients.engine import KINDS, encode, row_gradients, weighted_sums
+from gradiend.gradients.engine import KINDS, encode, weighted_sums
+from gradiend.gradients.rows import row_gradients
 from gradiend.gradients.objectives import masked_lm
 from gradiend.gradients.space import ParameterSpace
 from gradiend.model import GradiendConfig, GradiendModel

@@ -7,10 +7,10 @@ import torch
 
 from gradiend.data.examples import make_examples
 from gradiend.gradients import passes as module
-from gradiend.gradients.engine import accumulate, encode, pair_gradients, row_gradients
+from gradiend.gradients.engine import accumulate, encode, pair_gradients
 from gradiend.gradients.objectives import CausalCloze, CausalLM, objective_for
 from gradiend.gradients.passes import batches, groups_of_similar_length, pass_tokens, passes
-from gradiend.gradients.rows import both_row_gradients
+from gradiend.gradients.rows import both_row_gradients, row_gradients
 from gradiend.gradients.space import ParameterSpace
 from gradiend.trainer.arguments import TrainingArguments
 from gradiend.trainer.batches import gradient_stream

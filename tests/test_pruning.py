@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gradiend.pruning as pruning
 from gradiend.core import InputError
 from gradiend.data.examples import make_examples
-from gradiend.gradients.engine import KINDS, row_gradients
+from gradiend.gradients.engine import KINDS
+from gradiend.gradients.rows import row_gradients
 from gradiend.gradients.objectives import masked_lm
 from gradiend.gradients.space import ParameterSpace
 from gradiend.pruning import (BUDGETS, PostPruneConfig, PrePruneConfig, chosen_entries, class_weights, cut_space, gradient_importance, largest, largest_in,

@@ -9,7 +9,7 @@ import torch
 
 from gradiend.core import InputError
 from gradiend.data.examples import Examples
-from gradiend.gradients.engine import row_gradients
+from gradiend.gradients.rows import row_gradients
 from gradiend.gradients.objectives import objective_for
 from gradiend.gradients.space import ParameterSpace
 from gradiend.gradients.store import write_store
@@ -17,7 +17,9 @@ from gradiend.model import GradiendConfig, GradiendModel
 from gradiend.trainer.certificate import explained_by, training_examples
 from gradiend.trainer.krylov import averaging_factors, balanced_weights
 from gradiend.trainer.solution import spectral_problem
+from gradiend.trainer.solution import encoder_target, open_problem, solve_encoder
 from gradiend.trainer.spectral import BUDGET, estimate_spectral, fit_spectral
+from gradiend.trainer.sweeps import ModelRows
 
 from .tiny import tiny_model
 
@@ -71,6 +73,13 @@ def dense(kind, rows, source, factors=None, center=True):
     if factors is None: return plain, centred, w, codes
     same = torch.from_numpy((codes[:, None] == codes) / np.bincount(codes)[codes][:, None])  # classes have equal weights inside
     return plain, same @ centred + factors(codes)[:, None] * (centred - same @ centred), w, codes
+
+
+def dense_of(frame):
+    "Target gradients `(N, n)` of the training rows of any table, and the numbers of their classes."
+    model, objective, space = setting()
+    train = Examples(frame, PAIR).select("train")
+    return row_gradients(model, objective, train.frame, space=space, kind="diff", engine="loop"), np.where(train.labels("alternative") > 0, 0, 1)
 
 
 def cosine(a, b): return float(torch.nn.functional.cosine_similarity(a.detach().flatten(), b.flatten(), dim=0).abs())
@@ -189,6 +198,56 @@ def test_saved_and_read_back(tmp_path):
     found = fit8()
     read = GradiendModel.from_pretrained(found.model.save_pretrained(tmp_path / "model"))
     assert torch.equal(read.decoder_weight, found.model.decoder_weight) and read.info["solver"] == "spectral" and read.info["certificate"]["verdict"]
+
+
+def test_what_is_asked_together_costs_what_was_counted():
+    """The default: a shared first step and one more of the encoder; the estimate knows it, and equal kinds cost less."""
+    found, sampled = fit8(), 3 * 12 / 24
+    assert found.certificate.forward_passes == pytest.approx(16 + sampled) == estimate_spectral(24, setting()[2], norm_rows=12)["forward_passes"]
+    assert found.sweeps[["what", "kind", "vectors"]].values.tolist()[:2] == [["accumulate", "diff, alternative", 4], ["encode", "diff, alternative", 2]]
+    one_kind = fit(config=GradiendConfig(pair=PAIR, source="diff", target="diff"), average=8, encoder_iterations=2)
+    assert one_kind.certificate.forward_passes == pytest.approx(3 + 4 + 6 + sampled)
+    two = fit(config=GradiendConfig(pair=PAIR, latent_dim=2), average=8)
+    assert two.certificate.forward_passes == pytest.approx(18 + sampled) == estimate_spectral(24, setting()[2], latent_dim=2, encoder_iterations=1, norm_rows=12)["forward_passes"]
+
+
+def test_the_shared_first_step_is_that_of_separate_walks():
+    """Both first directions are the difference of the class means of their kind, and the products with them are exact."""
+    model, objective, space = setting()
+    problem = spectral_problem(table(), GradiendConfig(pair=PAIR), average=8)
+    rows = ModelRows(model, objective, problem.examples, space)
+    opened = open_problem(problem, rows)
+    for opening, kind in ((opened.decoder, "diff"), (opened.encoder, "alternative")):
+        plain, _, _, codes = dense("bert", table().select("train"), kind)
+        difference = plain[codes == 0].mean(0) - plain[codes == 1].mean(0)
+        assert cosine(opening.basis.vectors[0], difference) > 1 - 1e-12
+        torch.testing.assert_close(opening.products, plain @ opening.basis.vectors.T, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(opening.raws, problem.matrix(rows, "target" if kind == "diff" else "source").transposed(opening.lefts), rtol=1e-9, atol=1e-12)
+
+
+def test_the_regression_from_the_labels_comes_as_near_as_that_from_the_scores():
+    """With a second step each, what is left of the target differs by a tenth at most."""
+    found, (plain, matrix, w, _) = fit8(), dense("bert", table().select("train"), "alternative")
+    rows, problem = found.rows, found.problem
+    target = encoder_target(problem.matrix(rows, "target"), found.decoder.products, problem.labels)
+    left = []
+    for start in (open_problem(problem, rows).encoder, None):
+        c = solve_encoder(problem.matrix(rows, "source"), target, start=start, iterations=2).directions
+        left.append(float((target[:, 0] - w.sqrt() * (plain @ c.vectors[0] - w @ (plain @ c.vectors[0]))).norm()))
+    assert left[0] < 1.1 * left[1]
+
+
+def test_the_class_axis_costs_nothing_after_a_start_from_the_labels():
+    rows = table()
+    frame, shuffled = rows.frame.copy(), np.random.default_rng(0).permutation(len(rows.frame))
+    for role in ("factual", "alternative"): frame[f"{role}_class"] = frame[f"{role}_class"].to_numpy()[shuffled]
+    costs = {}
+    for start in ("labels", "random"):
+        with pytest.warns(UserWarning, match="not the class axis"): found = fit(Examples(frame, PAIR), start=start, decoder_iterations=3, encoder_iterations=1, norm_rows=4)
+        costs[start] = found.certificate.forward_passes
+        plain, codes = dense_of(frame)
+        assert found.certificate.supervised and cosine(found.decoder.vectors[0], plain[codes == 0].mean(0) - plain[codes == 1].mean(0)) > 1 - 1e-9
+    assert costs["labels"] == pytest.approx(10 + 2 * 6 + 0.5) and costs["random"] == pytest.approx(costs["labels"] + 2 + 3)
 
 
 def test_same_bits_again_and_budget_kept():

@@ -10,9 +10,8 @@ import torch
 
 from gradiend.core import InputError
 from gradiend.data.examples import Examples
-from gradiend.gradients.engine import row_gradients
 from gradiend.gradients.objectives import objective_for
-from gradiend.gradients.rows import both_row_gradients
+from gradiend.gradients.rows import both_row_gradients, row_gradients
 from gradiend.gradients.space import ParameterSpace
 from gradiend.gradients.store import GradientStore, write_store
 from gradiend.model import GradiendConfig, GradiendModel

@@ -11,6 +11,7 @@ __all__ = ['TOLERANCES', 'Answer', 'CHECKS', 'BATCH_SIZES', 'probe_words', 'prob
 import logging
 import time
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,8 +28,10 @@ from transformers import PreTrainedTokenizerBase
 from ..core import InputError, Readable, check_choice
 from ..data.examples import Examples
 from .borrowing import borrowed, checkpointing
-from .engine import encode, pair_gradients, row_gradients, rows_of
+from .engine import encode, pair_gradients, rows_of
+from .rows import row_gradients
 from .objectives import Objective, objective_for
+from .passes import pass_tokens, passes
 from .space import ParameterSpace
 from .store import STORED, estimate_store_size, pack, shard_rows, write_store
 from .tokens import Batch, batches, states_at
@@ -248,6 +251,19 @@ def _typical(parts: list[tuple[pd.DataFrame, int]]) -> int:
         if 2 * done >= total: return i
     return len(parts) - 1
 
+# %% ../../nbs/24_gradients.check.ipynb #35d0983e
+def _passes(model: nn.Module, objective: Objective, part: pd.DataFrame) -> list[tuple[Tensor, Any]]:
+    "What goes through the model of a batch, one after the other: positions of rows, and their prepared batch. Usually one."
+    return list(passes(objective.prepare, part, tokens=pass_tokens(model)))
+
+
+def _at_once(model: nn.Module, objective: Objective, parts: list[tuple[pd.DataFrame, int]]) -> list[tuple[int, Any, bool]]:
+    "Candidates for the most that goes through the model at once: rows, prepared batch, and whether it is a pass of several."
+    cut = bisect_left(range(len(parts)), True, key=lambda i: len(_passes(model, objective, parts[i][0])) > 1)
+    chosen = dict.fromkeys([max(range(len(parts)), key=lambda i: parts[i][1]), max(cut - 1, 0)])
+    found = [_passes(model, objective, parts[i][0]) for i in chosen]
+    return [(len(rows), batch, len(one) > 1) for one in found for rows, batch in [max(one, key=lambda p: p[1].input_ids.numel() if isinstance(p[1], Batch) else 0)]]
+
 # %% ../../nbs/24_gradients.check.ipynb #c803cb02
 def saved_bytes(
     model: nn.Module, # The language model; everything in it is as before afterwards
@@ -286,7 +302,7 @@ class Estimate(Readable):
     batch_seconds: float # What is to be done, over the typical batch
     total_seconds: float # And over the whole table, once
     weight_bytes: int
-    activation_bytes: int # Kept by the forward pass over the largest batch, and the signals on the way back
+    activation_bytes: int # Kept by the forward pass over the largest batch or pass, and the signals on the way back
     gradient_bytes: int # Gradients that exist at once, or the directions spread over the weights
     vector_bytes: int # Vectors over the space
     disk_bytes: int # Only for "store"
@@ -307,15 +323,15 @@ class Estimate(Readable):
 
 # %% ../../nbs/24_gradients.check.ipynb #96d57c81
 def _vectors(
-    what: str, model: nn.Module, space: ParameterSpace, rows: int, batch_size: int, directions: int,
+    what: str, model: nn.Module, space: ParameterSpace, rows: int, at_once: int, cut: bool, directions: int,
 ) -> tuple[int, int]: # Bytes of gradients, bytes of vectors
     "Memory of everything that is as large as the weights or as the space."
     item = max(p.element_size() for p in model.parameters())
     live = [torch.Size(shape).numel() for shape, size in zip(space.shapes, space.sizes, strict=True) if size]
     number = max(item, 4)
     if what == "encode": return max(directions * max(live), sum(live)) * item, directions * space.n * number
-    if what == "train": return 2 * max(live) * item, 2 * space.n * number  # tied weights have two gradients for a moment
-    return max(live) * item * min(batch_size, rows), min(rows, shard_rows(space.n)) * space.n * (2 * number + 4)
+    if what == "train": return 2 * max(live) * item, (4 if cut else 2) * space.n * number  # tied weights have two gradients for a moment
+    return max(live) * item * at_once, min(rows, shard_rows(space.n)) * space.n * (2 * number + 4)
 
 
 def _check_counts(**counts: Any) -> None:
@@ -331,8 +347,9 @@ def _action(what: str, model: nn.Module, objective: Objective, space: ParameterS
         drawn = _directions(model, space, directions)
         return lambda part: encode(model, objective, part, drawn, space=space, kind="alternative", batch_size=len(part))
     if what == "train":
-        return lambda part: pair_gradients(model, objective, objective.prepare(part), source="alternative",
-                                           target="diff", space=space)
+        def gradients(part: pd.DataFrame) -> None:
+            for _, batch in _passes(model, objective, part): pair_gradients(model, objective, batch, source="alternative", target="diff", space=space)
+        return gradients
     return lambda part: [pack(row_gradients(model, objective, part, space=space, kind=kind)) for kind in STORED]
 
 # %% ../../nbs/24_gradients.check.ipynb #4e9d0d17
@@ -368,13 +385,14 @@ def estimate(
     parts = _parts(frame, size)
     part, work = parts[_typical(parts)]
     with torch.inference_mode(False):  # a batch made in inference mode could not be differentiated
-        forward, act = objective.prepare(part).to(device), _action(what, model, objective, space, directions)
+        forward, act = [b.to(device) for _, b in _passes(model, objective, part)], _action(what, model, objective, space, directions)
         with borrowed(model, ()), torch.no_grad():
-            objective.losses(model, forward)
-            forward_seconds = _seconds(lambda: objective.losses(model, forward), device)
+            objective.losses(model, forward[0])
+            forward_seconds = _seconds(lambda: [objective.losses(model, batch) for batch in forward], device)
         batch_seconds = _seconds(lambda: act(part), device)
-        saved = saved_bytes(model, objective, objective.prepare(max(parts, key=lambda p: p[1])[0]), space)
-    gradient, vectors = _vectors(what, model, space, len(frame), size, directions)
+        largest = _at_once(model, objective, parts)
+        saved = max((saved_bytes(model, objective, batch, space) for _, batch, _ in largest), key=sum)
+    gradient, vectors = _vectors(what, model, space, len(frame), max(rows for rows, _, _ in largest), any(cut for _, _, cut in largest), directions)
     return Estimate(
         what=what, rows=len(frame), batches=len(parts), forward_seconds=forward_seconds,
         batch_seconds=batch_seconds, total_seconds=batch_seconds * sum(s for _, s in parts) / work,

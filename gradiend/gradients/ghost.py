@@ -6,10 +6,10 @@
 __all__ = ['MANY', 'CHUNK', 'SCALE', 'NotRowAligned', 'Use', 'recording', 'signals', 'check_rows', 'rows_may_be_confused',
            'sum_type', 'products', 'entries']
 
-# %% ../../nbs/19_gradients.ghost.ipynb #6a1644db
+# %% ../../nbs/19_gradients.ghost.ipynb #d0a58ab7
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core import InputError
 
-# %% ../../nbs/19_gradients.ghost.ipynb #869c26ce
+# %% ../../nbs/19_gradients.ghost.ipynb #15c4ae95
 class NotRowAligned(InputError):
     "A module's output cannot be split by rows, so this model has no ghost gradients."
 
@@ -36,6 +36,7 @@ class Use:
     output: Tensor | None # The output, part of the graph, until the signal is known
     sequence: bool # Whether the output is one sequence `(1, L, ...)`
     signal: Tensor # `(L, ...)`: derivative of the loss by the output; empty until the backward pass
+    known: dict[str, Tensor | None] = field(default_factory=dict) # What follows from the inputs alone; the uses of other losses share it
 
 # %% ../../nbs/19_gradients.ghost.ipynb #6c4c6c0c
 @dataclass
@@ -274,12 +275,12 @@ def _norm_gradients(use: Use) -> dict[str, Tensor]: # `(L, *shape)` by name
     s, shape = _work(use.signal), (len(use.row), -1, *module.normalized_shape)
     return {"weight": (s * x).reshape(shape).sum(1), "bias": s.reshape(shape).sum(1)}
 
-# %% ../../nbs/19_gradients.ghost.ipynb #4b36ebe1
+# %% ../../nbs/19_gradients.ghost.ipynb #0b14fab8
 SCALE = 1.7 # A weight that no norm has
 
 
-def _scale_gradients(use: Use) -> dict[str, Tensor] | None: # `(L, d)` by name
-    "The weight gradient of every piece of a module whose only parameter scales the features; None if it does something else."
+def _scaled_features(use: Use) -> Tensor | None: # `(L, ..., d)`
+    "What a module's only parameter, a scale of the features, is multiplied with; None if the module does something else."
     weight = next(use.module.parameters()).detach()
     if [*dict(use.module.named_parameters())] != ["weight"] or weight.ndim != 1 or min(weight.element_size(), use.signal.element_size()) < 4: return None
     def output(w: Tensor, given: Any = use.inputs) -> Tensor: return functional_call(use.module, {"weight": w}, *given)
@@ -287,8 +288,14 @@ def _scale_gradients(use: Use) -> dict[str, Tensor] | None: # `(L, d)` by name
     if base.shape != use.signal.shape or base.shape[-1] != len(weight): return None
     factor = (output(torch.full_like(weight, SCALE)) - base) / SCALE
     first = _mapped(lambda t: t[:1] if isinstance(t, Tensor) and t.ndim and len(t) == len(use.row) else t, use.inputs)
-    if not torch.allclose(output(weight, first), base[:1] + weight * factor[:1], rtol=1e-4, atol=1e-5): return None
-    return {"weight": (use.signal * factor).reshape(len(use.row), -1, len(weight)).sum(1)}
+    return factor if torch.allclose(output(weight, first), base[:1] + weight * factor[:1], rtol=1e-4, atol=1e-5) else None
+
+
+def _scale_gradients(use: Use) -> dict[str, Tensor] | None: # `(L, d)` by name
+    "The weight gradient of every piece of a module whose only parameter scales the features; None if it does something else."
+    if "features" not in use.known: use.known["features"] = _scaled_features(use)
+    features = use.known["features"]
+    return None if features is None else {"weight": (use.signal * features).reshape(len(use.row), -1, features.shape[-1]).sum(1)}
 
 # %% ../../nbs/19_gradients.ghost.ipynb #cb7cdb1c
 def _gradients(use: Use, local: Sequence[str]) -> Iterator[tuple[slice, dict[str, Tensor]]]: # Pieces, and `(l, *shape)` by name

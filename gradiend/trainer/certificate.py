@@ -49,7 +49,7 @@ def training_examples(
         shares.append(torch.full((len(drawn),), 1 / (len(present) * len(drawn)), dtype=torch.float64))
     return torch.cat(parts), torch.cat(shares)
 
-# %% ../../nbs/53_trainer.certificate.ipynb #58a9caf7
+# %% ../../nbs/53_trainer.certificate.ipynb #7f93f3fd
 def explained_energy(
     h: Tensor, # `(M, k)` encodings of the training examples
     s: Tensor, # `(M, k)` products of their targets with the decoder columns
@@ -80,7 +80,7 @@ def explained_by(
         raise InputError(f"model: its decoder ends in {config.activation_decoder!r}, and the bound holds for 'identity' only")
     with torch.no_grad():
         decoder, bias = model.decoder_weight.detach().T, model.decoder_bias
-        products = torch.cat([rows.products(model.encoder_weight.detach(), config.source), rows.products(decoder, config.target)], 1)
+        products = rows.products(torch.cat([model.encoder_weight.detach(), decoder]), [config.source] * config.latent_dim + [config.target] * config.latent_dim)
         drawn, shares = training_examples(products, codes, average)
         k = config.latent_dim
         h = ACTIVATIONS[config.activation_encoder](drawn[:, :k] + model.encoder_bias.detach().double().cpu())

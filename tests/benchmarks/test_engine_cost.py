@@ -14,7 +14,8 @@ from transformers import AutoModelForMaskedLM, BertConfig
 from gradiend import zoo
 from gradiend.data.examples import Examples
 from gradiend.gradients.check import activation_bytes, estimate
-from gradiend.gradients.engine import encode, pair_gradients, pair_weights, row_gradients, weighted_sums
+from gradiend.gradients.engine import encode, pair_gradients, pair_weights, weighted_sums
+from gradiend.gradients.rows import row_gradients
 from gradiend.gradients.objectives import masked_lm
 from gradiend.gradients.space import ParameterSpace
 from gradiend.pruning import gradient_importance

@@ -3,10 +3,9 @@
     pytest tests/benchmarks/test_spectral_cost.py -m benchmark -s
 
 All weights of the backbone of the embedded model, the pronoun sentences, default settings; then two latent values. `counted` adds up the
-sweeps (three forward passes for an accumulating one, two and one per direction for an encoding one), `measured` is the processor time of
-the whole fit over that of a forward pass in the same process, taken before and after. The count is asserted exactly. The measured multiple
-depends on how well a processor does backward passes, so its assertion leaves a quarter of room. A budget of 20 cannot hold for two latent
-values: a step then costs ten, the decoder and the encoder need one each, and the sampled lengths come on top; this count is asserted too.
+sweeps (a forward pass, two for every sum, one for every kind of gradient and every direction that is encoded), `measured` is the processor
+time of the whole fit over that of a forward pass in the same process, taken before and after. The count is asserted exactly. The measured
+multiple depends on how well a processor does backward passes and on who else uses it, so its assertion leaves a tenth of room.
 With GRADIEND_DATA the same is measured on a Llama of 260,000 parameters, where a pass is so cheap that everything else shows.
 """
 import time
@@ -23,7 +22,7 @@ from gradiend.data.filters import TextFilterConfig
 from gradiend.gradients.objectives import batches, masked_lm, objective_for
 from gradiend.gradients.space import ParameterSpace
 from gradiend.model import GradiendConfig
-from gradiend.trainer.spectral import BUDGET, NORM_ROWS, fit_spectral, step_cost
+from gradiend.trainer.spectral import BUDGET, NORM_ROWS, fit_spectral, opening_cost
 
 from ..stories import real, stories
 from .common import ROWS, RUNS, THREADS, threads
@@ -73,12 +72,12 @@ def test_the_closed_form_keeps_its_budget():
     table, train = costs(model, masked_lm(tokenizer), examples, (1, 2)), examples.select("train")
     sampled = 3 * min(NORM_ROWS, len(train) // 2) / len(train)
     assert table["counted"][0] <= BUDGET and table["counted"][1] <= BUDGET
-    assert table["counted"][2] == pytest.approx(2 * step_cost(2) + sampled, abs=0.1)
-    assert table["measured"][0] <= 1.25 * BUDGET
+    assert table["counted"][2] == pytest.approx(opening_cost(2) + sampled, abs=0.1)
+    assert table["measured"][0] <= 1.1 * BUDGET
 
 
 @real
 def test_the_closed_form_keeps_its_budget_on_a_small_llama():
     tokenizer, model = stories()
     table = costs(model, objective_for(tokenizer, model), pronouns(max(400, ROWS)))
-    assert (table["counted"] <= BUDGET).all() and table["measured"][0] <= 1.25 * BUDGET
+    assert (table["counted"] <= BUDGET).all() and table["measured"][0] <= 1.1 * BUDGET
