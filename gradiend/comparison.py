@@ -7,9 +7,11 @@ __all__ = ['Model', 'Models', 'ONE', 'SPARSE', 'WIDE', 'FEW', 'WRITTEN', 'DEAR',
            'check_comparable', 'check_finite', 'EntryGroups', 'entry_groups', 'shared_columns', 'Stretch', 'add_pairs',
            'add_tables', 'add_stretch', 'own_products', 'end_to_end', 'shared_products']
 
-# %% ../nbs/74_comparison.ipynb #fbe50cc3
+# %% ../nbs/74_comparison.ipynb #7c7c18e2
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -84,13 +86,14 @@ def named_models(
     loaded = [_loaded(model, f"entry {i}" if names is None else repr(names[i])) for i, model in enumerate(given)]
     return dict(zip(names or _pair_names(loaded), loaded, strict=True))
 
-# %% ../nbs/74_comparison.ipynb #0807e61e
+# %% ../nbs/74_comparison.ipynb #16be391d
 def check_comparable(
     models: Mapping[str, GradiendModel], # Spaces are compared with the first, fingerprints with the first that there is
 ) -> None:
     "Raise InputError, saying what differs, unless all models have the same full space and the same base model."
     first, one = next(iter(models.items()))
     for name, other in models.items():
+        if (other.space.names, other.space.shapes) == (one.space.names, one.space.shapes): continue # the usual case, quickly
         try: one.space.check_comparable(other.space)
         except InputError as error: raise InputError(f"models {first!r} and {name!r} cannot be compared: {error}") from error
     bases = {name: model.config.base_model for name, model in models.items()}
@@ -110,6 +113,7 @@ def check_finite(
     part: str, # Where they come from, for the message
 ) -> None:
     "Raise InputError, naming the model, if its values hold NaN or infinity."
+    if math.isfinite(values.sum()): return # so are its terms; a sum that is too large for its type decides nothing
     if bad := int((~torch.isfinite(values)).sum()):
         raise InputError(f"models: {name!r} has {bad:,} values in its {part} that are NaN or infinite, so nothing can be said about "
                          "them; its training diverged: train it again, with a smaller learning rate, or leave it out")
@@ -140,10 +144,21 @@ def entry_groups(
     sizes = tuple(sum(t for c, t in zip(codes, space.totals, strict=True) if c == i) for i in range(len(names)))
     return EntryGroups(names, codes, sizes)
 
-# %% ../nbs/74_comparison.ipynb #88f0197d
+# %% ../nbs/74_comparison.ipynb #1c2b0876
 ONE = "one" # The feature that is 1 at every entry
-SPARSE = 64 # Places per entry from which sorting is faster than counting
+SPARSE = 16 # Places per entry from which sorting is faster than counting
 WIDE, FEW, WRITTEN = 2**17, 2**13, 2**23 # Places in a stretch; entries that make one worthwhile; numbers written out at a time
+
+
+def _ranked(places: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]: # `(e,)`, `(different,)`
+    "Number the places by size: the number of each, and how often each occurs."
+    small = places.astype(np.int32 if width <= 2**31 else np.int64) # half as wide is twice as fast
+    ordered, order = (found.numpy() for found in torch.from_numpy(small).sort())
+    first = np.ones(len(places), dtype=bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    entry = np.empty(len(places), np.int64)
+    entry[order] = np.cumsum(first) - 1
+    return entry, np.diff(np.flatnonzero(first), append=len(places))
 
 
 def shared_columns(
@@ -151,14 +166,13 @@ def shared_columns(
     width: int, # Places in the stretch
 ) -> tuple[np.ndarray, np.ndarray]: # `(e,)` int32: the column of each entry; `(columns,)`: how many entries each column has
     "Number the places that occur more than once; all other entries get the column after the last."
-    if SPARSE * len(places) < width: _, entry, counts = np.unique(places, return_inverse=True, return_counts=True)
-    else: entry, counts = places, np.bincount(places, minlength=width)
+    entry, counts = _ranked(places, width) if SPARSE * len(places) < width else (places, np.bincount(places, minlength=width))
     shared = np.flatnonzero(counts > 1)
     column = np.full(len(counts), len(shared), np.int32)
     column[shared] = np.arange(len(shared))
     return column[entry], counts[shared]
 
-# %% ../nbs/74_comparison.ipynb #b15760f6
+# %% ../nbs/74_comparison.ipynb #d91d8692
 @dataclass(frozen=True, eq=False)
 class Stretch:
     "A run of places of one parameter, and which part of each vector lies there."
@@ -171,11 +185,12 @@ class Stretch:
 def _stretches(spaces: Sequence[EntryTable], parameter: int) -> Iterator[Stretch]:
     "Cut one parameter into stretches."
     total, entries = spaces[0].totals[parameter], sum(space.sizes[parameter] for space in spaces)
-    width = max(1, min(WIDE, WRITTEN // len(spaces)), total * FEW // max(entries, 1))
+    portion = WRITTEN // len(spaces)
+    width = max(1, min(WIDE, portion), total * (portion if SPARSE * entries < total else FEW) // max(entries, 1))
     edges = np.array([*range(0, total, width), total])
     indices = [None if (index := space.indices[parameter]) is None else index.numpy() for space in spaces]
     cuts = [edges.tolist() if index is None else np.searchsorted(index, edges).tolist() for index in indices]
-    begins = [int(space.begins[parameter]) for space in spaces]
+    begins = [sum(space.sizes[:parameter]) for space in spaces]
     for i, start in enumerate(edges[:-1].tolist() if entries else []):
         parts = tuple(slice(b + cut[i], b + cut[i + 1]) for b, cut in zip(begins, cuts, strict=True))
         places = tuple(None if index is None else index[cut[i]:cut[i + 1]] for index, cut in zip(indices, cuts, strict=True))
@@ -255,7 +270,7 @@ def add_stretch(
     if DEAR * (fill * (fill - 1) // 2).sum() < m * len(fill): add_pairs(sums, vector, column, values)
     else: add_tables(sums, _tables(m, len(fill), vector, column, values))
 
-# %% ../nbs/74_comparison.ipynb #839c714d
+# %% ../nbs/74_comparison.ipynb #495bd612
 def own_products(
     spaces: Sequence[EntryTable], # m tables over one full space
     vectors: Mapping[str, Sequence[Tensor]], # Features by name: m vectors `(n_i,)`, each over its own table
@@ -266,7 +281,7 @@ def own_products(
     used = {name for pair in wanted for name in pair} - {ONE}
     out = {pair: np.zeros((len(groups.names), len(spaces))) for pair in wanted}
     for i, space in enumerate(spaces):
-        for code, size, begin in zip(groups.codes, space.sizes, space.begins.tolist(), strict=False):
+        for code, size, begin in zip(groups.codes, space.sizes, accumulate(space.sizes, initial=0), strict=False):
             for start in range(begin, begin + size, WRITTEN):
                 part = slice(start, min(start + WRITTEN, begin + size))
                 piece = {name: vectors[name][i][part].double() for name in used}

@@ -158,7 +158,7 @@ def directions(
              for at in pieces(n, rows, weight.dtype)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-# %% ../nbs/38_network.ipynb #53e4181d
+# %% ../nbs/38_network.ipynb #076d4498
 PARTS = ("decoder-weight", "encoder-weight", "decoder-bias", "decoder-sum")
 
 
@@ -170,10 +170,9 @@ def part_importance(
     check_choice("part", part, PARTS)
     side = part.partition("-")[0]
     wide = {name: w.to(working_dtype(w.dtype)) for name, w in weights.items() if name.startswith(side)}
-    if part == "encoder-weight":
-        return wide["encoder_weight"].abs().sum(0)
-    if part == "decoder-weight":
-        return wide["decoder_weight"].abs().sum(1)
+    if part in ("encoder-weight", "decoder-weight"):
+        sizes, latent = wide[f"{side}_weight"].abs(), 0 if side == "encoder" else 1
+        return sizes.squeeze(latent) if sizes.shape[latent] == 1 else sizes.sum(latent) # adding up one number takes time, too
     if "decoder_bias" not in wide:
         raise InputError(f"part: {part!r} needs a decoder bias, and this model has none (bias_decoder=False)")
     bias = wide["decoder_bias"]

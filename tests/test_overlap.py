@@ -1,5 +1,7 @@
 "Overlap: sets against a slow reference, chance against exact counting and against blind drawing."
+import copy
 import math
+import pickle
 import random
 from dataclasses import replace
 from fractions import Fraction
@@ -7,14 +9,15 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from gradiend.comparison import ONE, entry_groups, shared_products
 from gradiend.core import InputError
 from gradiend.gradients.space import ParameterSpace
 from gradiend.model import GradiendConfig, GradiendModel
-from gradiend import overlap as module
-from gradiend.overlap import chance_of_at_least, chance_overlap, chance_within_kept, kept_expectation, overlap_of, topk_overlap, topk_sets
+from gradiend import comparison, overlap as module
+from gradiend.overlap import chance_of_at_least, chance_overlap, chance_within_kept, kept_expectation, largest, overlap_of, topk_overlap, topk_sets
 
 SPACE = ParameterSpace.from_model(nn.Sequential(nn.Linear(20, 10), nn.Linear(10, 3)))
 
@@ -41,6 +44,51 @@ def slow_topk(m, k):
 def test_sets_agree_with_the_slow_reference(k):
     members = [model(1), model(2, keep=range(0, SPACE.n, 2)), model(3, keep=range(100, 220))]
     assert list(topk_sets(members, topk=k).values()) == [slow_topk(m, k) for m in members]
+
+
+@settings(max_examples=150, deadline=None)
+@given(n=st.integers(1, 3000), levels=st.sampled_from([1, 2, 5, 300, None]), order=st.sampled_from(["drawn", "rising", "falling", "those looked at"]), seed=st.integers(0, 99), data=st.data())
+def test_the_largest_are_those_of_topk(n, levels, order, seed, data):
+    "Whatever the sample says that is looked at first, and wherever the cut falls among equal values: the set that `Tensor.topk` takes."
+    g, k = torch.Generator().manual_seed(seed), data.draw(st.integers(1, n))
+    values = torch.rand(n, generator=g) if levels is None else torch.randint(levels, (n,), generator=g).float()
+    if order in ("rising", "falling"): values = values.sort(descending=order == "falling").values
+    if order == "those looked at": values[::module.STEP] += 400
+    found = largest(values, k)
+    assert found.tolist() == sorted(values.topk(k).indices.tolist()) and (np.diff(found) > 0).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), members=st.integers(2, 5), levels=st.sampled_from([3, 40, None]), k=st.one_of(st.integers(1, 60), st.floats(0.01, 0.25)), by=st.sampled_from([None, "parameter", "layer"]))
+def test_counts_are_those_of_naive_sets(seed, members, levels, k, by):
+    "Differently pruned and whole models, with and without ties, k as a number and as a share: against Python's sets of what each model's own topk says."
+    rng, models = random.Random(seed), {}
+    for i in range(members):
+        made = model(seed + i, keep=None if rng.random() < 0.3 else sorted(rng.sample(range(SPACE.n), rng.randint(65, SPACE.n))))
+        if levels is not None:
+            with torch.no_grad(): made.decoder_weight.mul_(levels / 3).round_()
+        models[f"m{i}"] = made
+    result, count = topk_overlap(models, k, by=by), k if isinstance(k, int) else math.ceil(Fraction(repr(k)) * SPACE.n)
+    naive = {name: set(made.topk(count).tolist()) for name, made in models.items()}
+    assert result.sets == naive == topk_sets(models, topk=k) and [index.tolist() for index in result.indices.values()] == [sorted(own) for own in naive.values()]
+    kept = {name: set(made.space.global_index.tolist()) for name, made in models.items()}
+    starts = np.cumsum([0, *SPACE.totals])
+    where = {None: ["all"] * 4, "parameter": list(SPACE.names), "layer": ["0", "0", "1", "1"]}[by]
+    for group in result.groups:
+        here = {e for name, start, end in zip(where, starts, starts[1:], strict=False) if name == group for e in range(start, end)}
+        squares = {column: result.matrix(column, group) for column in ("intersection", "fraction", "jaccard")}
+        for a in models:
+            for b in models:
+                own, other = naive[a] & here, naive[b] & here
+                if a == b and not own:
+                    assert math.isnan(squares["fraction"].loc[a, a])
+                    continue
+                shared = len(own & other)
+                assert squares["intersection"].loc[a, b] == shared
+                assert squares["fraction"].loc[a, b] == shared / max(min(len(own), len(other)), 1)
+                assert squares["jaccard"].loc[a, b] == shared / max(len(own | other), 1)
+                both = result.kept.counts[result.groups.index(group)][list(models).index(a), list(models).index(b)]
+                assert both == len(kept[a] & kept[b] & here)
 
 
 def test_a_fraction_is_relative_to_the_full_space():
@@ -278,7 +326,36 @@ def test_too_few_weights_are_refused():
         topk_overlap([model(), model()], topk=0)
 
 
+def test_chance_waits_until_it_is_asked_for(monkeypatch):
+    "What pairs share needs no probabilities; the table does, once, and not again after pickling or renaming."
+    calls, real = [], module._tails
+    monkeypatch.setattr(module, "_tails", lambda *given: calls.append(1) or real(*given))
+    members = {"x": model(1, keep=range(150)), "y": model(2, keep=range(50, 220)), "z": model(3)}
+    result = topk_overlap(members, 40)
+    for column in ("fraction", "intersection", "jaccard"): result.matrix(column)
+    assert result.sizes == {"all": {"x": 40, "y": 40, "z": 40}} and not calls and result.kept.tables
+    for copied in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
+        assert not copied.kept.tables and copied.frame.equals(result.frame) and copied.sets == result.sets
+    before = len(calls)
+    assert result.frame is result.frame and len(calls) == before and not result.kept.tables
+    renamed = replace(result, indices=dict(zip("abc", result.indices.values(), strict=True)))
+    assert renamed.frame.drop(columns=["a", "b"]).equals(result.frame.drop(columns=["a", "b"])) and renamed.frame["b"].tolist() == ["b", "c", "c"]
+    assert renamed.matrix("p_value").to_numpy()[0, 1] == result.frame["p_value"][0] and list(renamed.sizes["all"]) == ["a", "b", "c"]
+
+
 def test_saved_models_are_compared_without_anything_else(tmp_path):
     for seed in (1, 2): model(seed).save_pretrained(tmp_path / str(seed))
     saved = topk_overlap({"one": tmp_path / "1", "two": str(tmp_path / "2")}, 30)
     assert saved.frame.equals(topk_overlap({"one": model(1), "two": model(2)}, 30).frame)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 400), max_size=60), st.sampled_from([1, 10**6]), st.sampled_from([401, 10**6, 2**31, 2**33]))
+def test_columns_are_numbered_as_naive_counting_does(places, scale, width):
+    "By counting and by sorting, in 32 and in 64 bits."
+    places, width = [place * scale for place in places], max(width, 400 * scale + 1)
+    if width > 10**7 and comparison.SPARSE * len(places) >= width: return
+    column, fill = comparison.shared_columns(np.array(places, dtype=np.int64), width)
+    shared = sorted({place for place in places if places.count(place) > 1})
+    assert fill.tolist() == [places.count(place) for place in shared]
+    assert column.tolist() == [shared.index(place) if place in shared else len(shared) for place in places]

@@ -101,7 +101,7 @@ def _note(ax: Any, lines: Sequence[str]) -> None:
     """Small grey lines below the drawing."""
     ax.text(0.0, -0.02, "\n".join(lines), transform=ax.transAxes, fontsize=8, color=NEUTRAL, va="top", ha="left")
 
-# %% ../../nbs/83_visualizer.topk.ipynb #c82c1c6c
+# %% ../../nbs/83_visualizer.topk.ipynb #6bde6735
 def rename_sets(
     overlap: OverlapResult,  # a comparison
     labels: Sequence[str],  # new names in the order of its sets, all different
@@ -109,10 +109,7 @@ def rename_sets(
     """Give the sets of a comparison other names. Raises InputError if the names do not fit."""
     if isinstance(labels, str) or len(labels) != len(overlap.indices) or len(set(labels)) != len(labels):
         raise InputError(f"labels={labels!r} must be {len(overlap.indices)} different names, one for each set")
-    new = dict(zip(overlap.indices, labels, strict=True))
-    frame = overlap.frame.assign(a=overlap.frame["a"].map(new), b=overlap.frame["b"].map(new))
-    return replace(overlap, indices={new[name]: index for name, index in overlap.indices.items()}, frame=frame,
-                   sizes={group: {new[name]: size for name, size in own.items()} for group, own in overlap.sizes.items()})
+    return replace(overlap, indices=dict(zip(labels, overlap.indices.values(), strict=True)))
 
 # %% ../../nbs/83_visualizer.topk.ipynb #3dfdc96b
 OPTIONS = tuple(inspect.signature(plot_comparison_heatmap).parameters)[1:]

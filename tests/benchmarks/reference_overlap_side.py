@@ -1,9 +1,9 @@
 """What the reference package (0.2.3) takes to compare saved models; run by its own Python, never imported by the tests.
 
-    <its python> reference_overlap_side.py <folder with models.json and NAME.safetensors> <k> <threads>
+    <its python> reference_overlap_side.py <folder with models.json and NAME.safetensors> <k> <threads> <runs> <0 or 1: with the cosine>
 
 First the models are built from the shared tensors and saved in its own form, which does not count. Then it loads and compares them.
-Prints one JSON line: seconds of processor time to load, for the top-k overlap, for the cosine; the two matrices; and the version.
+Prints one JSON line: seconds of processor time to load, for each run of the top-k overlap, for the cosine; the two matrices; and the version.
 """
 import json
 import logging
@@ -45,7 +45,7 @@ def build(folder: Path, name: str, shapes: dict[str, list[int]]) -> None:
     model.save_pretrained(str(folder / "theirs" / name))
 
 
-def main(folder: Path, k: int, threads: int) -> dict:
+def main(folder: Path, k: int, threads: int, runs: int, with_cosine: int) -> dict:
     torch.set_num_threads(threads)
     logging.disable(logging.CRITICAL)
     described = json.loads((folder / "models.json").read_text())
@@ -53,14 +53,15 @@ def main(folder: Path, k: int, threads: int) -> dict:
     clock = [time.process_time()]
     models = {name: Holder(ParamMappedGradiendModel.from_pretrained(str(folder / "theirs" / name))) for name in described["names"]}
     clock.append(time.process_time())
-    overlap = compute_similarity_matrix(models, measure="topk_overlap", topk=k, part="decoder-weight")
+    for _ in range(runs):
+        overlap = compute_similarity_matrix(models, measure="topk_overlap", topk=k, part="decoder-weight")
+        clock.append(time.process_time())
+    cosine = compute_similarity_matrix(models, measure="cosine_signed", part="encoder-weight") if with_cosine else {"matrix": None}
     clock.append(time.process_time())
-    cosine = compute_similarity_matrix(models, measure="cosine_signed", part="encoder-weight")
-    clock.append(time.process_time())
-    load, first, second = (b - a for a, b in zip(clock[:-1], clock[1:], strict=True))
-    return {"version": version("gradiend"), "threads": torch.get_num_threads(), "load": load, "overlap": first, "cosine": second,
+    load, *overlaps, last = (b - a for a, b in zip(clock[:-1], clock[1:], strict=True))
+    return {"version": version("gradiend"), "threads": torch.get_num_threads(), "load": load, "overlap": overlaps, "cosine": last,
             "overlaps": overlap["matrix"], "cosines": cosine["matrix"]}
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), *map(int, sys.argv[2:4]))))
+    print(json.dumps(main(Path(sys.argv[1]), *map(int, sys.argv[2:6]))))
