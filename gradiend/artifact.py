@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['CARD_NAMES', 'HUB_ID', 'FORMAT', 'FILES', 'Table', 'TYPES', 'Artifact', 'package_versions', 'full_size', 'card',
-           'file_digest', 'checksums', 'describe', 'write_artifact_files', 'write_artifact', 'read_description',
-           'read_header', 'read_artifact', 'artifact_folder', 'check_base', 'summary']
+           'checksums', 'describe', 'write_artifact_files', 'write_artifact', 'read_description', 'read_header',
+           'read_artifact', 'artifact_folder', 'check_base', 'summary']
 
-# %% ../nbs/39_artifact.ipynb #2f9ef90b
-import hashlib
+# %% ../nbs/39_artifact.ipynb #841f95c1
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -24,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .core import InputError, atomic_folder, fingerprint, read_json, write_json
+from .core import InputError, atomic_folder, file_digest, fingerprint, read_json, write_json
 from .gradients.space import ParameterSpace
 from .network import GradiendConfig, GradiendNetwork, expected_shapes
 from .zoo import model_fingerprint, model_name
@@ -104,14 +103,9 @@ def card(
     page = "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
     return _front_matter(base.get("name")) + page.replace("## ", "# ", 1)
 
-# %% ../nbs/39_artifact.ipynb #b096a6ef
+# %% ../nbs/39_artifact.ipynb #279f4238
 FORMAT = 1
 FILES = ("config.json", "model.safetensors", "training.json")
-
-
-def file_digest(path: Path) -> str: # 64 hexadecimal digits
-    "SHA-256 of a file, read in pieces."
-    with path.open("rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checksums(folder: Path) -> dict[str, str]: # By file name
