@@ -27,9 +27,10 @@ from .artifact import HUB_ID, file_digest
 from .core import InputError, atomic_folder, fingerprint, read_json, write_json
 from .gradients.space import ParameterSpace
 from .gradients.store import objective_identity, tokenizer_fingerprint
+from .locks import LOCK, FolderInUseError, run_lock, waiting_lock
 from .model import package_versions
 from .trainer.arguments import TrainingArguments
-from .trainer.checkpoints import LOCK, MATTERING, NO_EFFECT, FolderInUseError, run_lock
+from .trainer.checkpoints import MATTERING, NO_EFFECT
 from .trainer.preparation import load_pair
 from .trainer.seeds import GRADIENTS
 from .trainer.text import TextPredictionTrainer
@@ -221,10 +222,12 @@ class Shared:
         if self.gradients is None or args.pre_prune_config is None: return
         asked = task.base, args.base_dtype, objective_identity(trainer.objective), trainer.examples.select("train").fingerprint, args.params, asdict(args.pre_prune_config)
         place = self.gradients / f"space-{fingerprint(*asked)}"
-        try: trainer.space, trainer._cut_by = ParameterSpace.load(place), (args.params, args.pre_prune_config)
-        except (InputError, SafetensorError, LookupError, OSError):  # not there, or damaged
-            shutil.rmtree(place, ignore_errors=True)
-            trainer.pre_prune().save(place)
+        place.mkdir(parents=True, exist_ok=True)
+        with waiting_lock(place):  # another process may be choosing the same
+            try: trainer.use_space(ParameterSpace.load(place / "space"))
+            except (InputError, SafetensorError, LookupError, OSError):  # not there, or damaged
+                shutil.rmtree(place / "space", ignore_errors=True)
+                trainer.pre_prune().save(place / "space")
 
 # %% ../nbs/86_childtask.ipynb #e8263c9c
 def trainer_of(

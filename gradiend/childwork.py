@@ -20,11 +20,12 @@ from .artifact import file_digest
 from .childtask import Shared, Task, read_written, table_difference, trainer_of
 from .core import InputError, fingerprint, read_json, write_json
 from .gradients.space import ParameterSpace
+from .locks import LOCK, FolderInUseError, run_lock
 from .model import GradiendModel
-from .trainer.checkpoints import LOCK, NAME, FolderInUseError, first_difference, read_checkpoint, run_identity, run_lock
+from .trainer.checkpoints import NAME, first_difference, read_checkpoint, run_identity
 from .trainer.preparation import model_config, post_pruned
 from .trainer.reports import REPORT, SeedReport, read_facts
-from .trainer.seeds import SEEDS
+from .trainer.seeds import SEEDS, gradients_place
 from .trainer.text import TextPredictionTrainer
 from .trainer.tuning import LRSearch
 
@@ -280,6 +281,7 @@ def evaluate_task(
         shared = shared or Shared()
         facts = finished_facts(task, shared)
         if facts is None: raise InputError(f"child {task.child_id!r} is not trained yet: call train() first")
+        gradients_place(task.folder)  # a link that a killed suite left goes
         trainer = trainer_of(task, shared)
         trainer.use_model(kept_model(task))
         outcome |= {"facts": facts, "result": getattr(trainer, method)(**(options or {}))}

@@ -1,6 +1,8 @@
 """Diagnoses of good and of broken models, and estimates against what is measured."""
+import copy
 import logging
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -249,6 +251,57 @@ def test_the_peak_of_training_is_not_exceeded():
     batch = objective.prepare(rows)
     measured = e.weight_bytes + peak_bytes(lambda: pair_gradients(model, objective, batch, source="alternative", target="diff", space=space))
     assert 0.5 * e.peak_bytes < measured < e.peak_bytes
+
+
+def long_and_short(long: int, short: int) -> pd.DataFrame:
+    "Rows of about 120 and of at most 64 tokens."
+    tail, rows = "The dogs barked because they were cold .", ROWS.iloc[[0, 1, 3] * (long + short)].head(long + short).reset_index(drop=True)
+    return rows.assign(masked=[f"{text} {' '.join([tail] * (10 if i < long else 4))}" for i, text in enumerate(rows.masked)])
+
+
+@pytest.fixture
+def reader():
+    "A model that reads long rows, its objective, and all its weights."
+    tokenizer = copy.deepcopy(tiny_model("bert")[0])
+    tokenizer.model_max_length = 160
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=160)).eval()
+    return model, masked_lm(tokenizer, max_length=160), ParameterSpace.from_model(model)
+
+
+@pytest.mark.parametrize("what", ["train", "encode", "store"])
+def test_long_rows_need_no_more_memory_than_the_pass_they_are_in(reader, what):
+    "However many there are in a batch; the estimate follows what the engine does, not the batch."
+    model, objective, space = reader
+    few, many = (estimate(model, objective, long_and_short(n, 0), space=space, what=what, batch_size=n) for n in (3, 32))
+    tokens = objective.prepare(long_and_short(3, 0)).input_ids.numel()
+    assert 256 < tokens <= 512 and many.activation_bytes <= 512 / tokens * few.activation_bytes
+    assert many.activation_bytes < activation_bytes(model, objective, objective.prepare(long_and_short(32, 0)), space) / 2
+    if what == "store": assert many.gradient_bytes <= 512 / tokens * few.gradient_bytes
+    if what == "train": assert many.vector_bytes == 2 * few.vector_bytes  # the sums of earlier passes stay
+
+
+def test_the_largest_batch_may_be_one_that_is_not_cut(reader):
+    model, objective, space = reader
+    short, mixed = long_and_short(0, 32), long_and_short(64, 32)
+    assert 32 * 40 < objective.prepare(short).input_ids.numel() <= 32 * 64
+    e, alone = (estimate(model, objective, rows, space=space, what="train", batch_size=32) for rows in (mixed, short))
+    assert e.activation_bytes == alone.activation_bytes > activation_bytes(model, objective, objective.prepare(short), space)
+
+
+@pytest.mark.parametrize("long", [0, 32])
+def test_the_peak_of_training_on_long_rows_is_not_exceeded(reader, long):
+    from .benchmarks.common import peak_bytes
+    from gradiend.trainer.arguments import TrainingArguments
+    from gradiend.trainer.batches import GradientStream
+
+    model, objective, space = reader
+    rows = long_and_short(long, 32 - long)
+    stream = GradientStream(model, objective, rows, np.ones(32), space, TrainingArguments(train_batch_size=32))
+    e = estimate(model, objective, rows, space=space, what="train")
+    measured = e.weight_bytes + peak_bytes(lambda: stream.batch(range(32)))
+    assert 0.4 * e.peak_bytes < measured < e.peak_bytes
 
 
 def test_what_is_asked_for_must_exist():

@@ -8,12 +8,14 @@ import torch
 from gradiend.data.examples import make_examples
 from gradiend.gradients import passes as module
 from gradiend.gradients.engine import accumulate, encode, pair_gradients
-from gradiend.gradients.objectives import CausalCloze, CausalLM, objective_for
+from gradiend.gradients.objectives import CausalCloze, CausalLM, MaskedLM, objective_for
 from gradiend.gradients.passes import batches, groups_of_similar_length, pass_tokens, passes
 from gradiend.gradients.rows import both_row_gradients, row_gradients
 from gradiend.gradients.space import ParameterSpace
 from gradiend.trainer.arguments import TrainingArguments
 from gradiend.trainer.batches import gradient_stream
+from gradiend.trainer.sweeps import remembering
+from gradiend.zoo import load
 from tests.tiny import SENTENCES, tiny_model
 
 PAIR = ("3SG", "3PL")
@@ -125,3 +127,20 @@ def test_a_row_without_a_word_is_named_by_its_own_index(cutting):
 
 def test_other_devices_have_no_limit():
     assert pass_tokens(torch.nn.Linear(2, 2, device="meta")) is None
+
+
+def test_rows_of_a_batch_that_is_cut_into_passes_are_remembered_once():
+    tokenizer, _ = load("gradiend/mini-mlm")
+    text = " ".join(["The boat turned back because [MASK] had seen the storm."] + ["The dogs barked again ."] * 14)
+    frame, asked = pd.DataFrame({"masked": [text] * 8, "factual": "they", "alternative": "he"}), []
+
+    class Counting(MaskedLM):
+        def prepare(self, part):
+            asked.append(len(part))
+            return super().prepare(part)
+
+    for limit, expected in ((8, [8, 5, 3]), (7, [8, 5, 3, 8, 3])):  # with seven, the batch of eight and one pass are prepared again
+        asked.clear()
+        twin = remembering(Counting(tokenizer), frame, limit)
+        for _ in range(2): assert len(list(passes(twin.prepare, frame))) == 2
+        assert asked == expected

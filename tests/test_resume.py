@@ -17,7 +17,8 @@ from gradiend.model import GradiendConfig
 from gradiend.trainer import checkpoints, seeds
 from gradiend.trainer.arguments import TrainingArguments
 from gradiend.trainer.callbacks import TrainerCallback
-from gradiend.trainer.checkpoints import LOCK, NAME, FolderInUseError as FolderInUseError, read_checkpoint
+from gradiend.locks import LOCK, FolderInUseError as FolderInUseError
+from gradiend.trainer.checkpoints import NAME, read_checkpoint
 from gradiend.trainer.seeds import GRADIENTS, SEEDS, SeedReport, train_seeds
 from tests.test_trainer_loop import PAIR, examples, setting
 
@@ -276,7 +277,7 @@ def test_an_error_in_an_evaluation_keeps_the_state(tmp_path, monkeypatch, refere
 def test_a_second_process_gets_an_error_and_disturbs_nothing(killed, reference):
     base, _, errors = killed
     found = json.loads((base / "two.json").read_text())
-    assert found["refused"] == 0 and f"process {found['pid']} on " in found["message"] and "is training in" in found["message"], (found, errors[-2000:])
+    assert found["refused"] == 0 and f"process {found['pid']} on " in found["message"] and "is at work in" in found["message"], (found, errors[-2000:])
     assert found["result"] == reference and found["files"] == [SEEDS]
 
 

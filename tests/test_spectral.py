@@ -227,7 +227,7 @@ def test_the_shared_first_step_is_that_of_separate_walks():
 
 def test_the_regression_from_the_labels_comes_as_near_as_that_from_the_scores():
     """With a second step each, what is left of the target differs by a tenth at most."""
-    found, (plain, matrix, w, _) = fit8(), dense("bert", table().select("train"), "alternative")
+    found, (plain, _, w, _) = fit8(), dense("bert", table().select("train"), "alternative")
     rows, problem = found.rows, found.problem
     target = encoder_target(problem.matrix(rows, "target"), found.decoder.products, problem.labels)
     left = []

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from torch import nn
 
 from gradiend.core import InputError, read_json, write_json
 from gradiend.gradients import store as module
-from gradiend.gradients.engine import row_gradients
+from gradiend.gradients.rows import row_gradients
 from gradiend.gradients.objectives import masked_lm
 from gradiend.gradients.space import ParameterSpace
 from gradiend.gradients.store import GradientStore, estimate_store_size, first_disagreement, objective_identity, pack, shard_rows, store_identity, unpack, write_store
+from gradiend.locks import LOCK, FolderInUseError, run_lock
 from gradiend.zoo import load
 
 from .tiny import masked_model
@@ -121,7 +123,7 @@ def test_a_killed_run_is_continued(setting, tmp_path):
         child.send_signal(signal.SIGKILL)
         errors = child.communicate()[1].decode()
     assert child.returncode == -signal.SIGKILL, errors
-    assert [p.name for p in folder.glob("shard-*")] == ["shard-00000.safetensors"]
+    assert [p.name for p in folder.glob("shard-*")] == ["shard-00000.safetensors"] and (folder / LOCK).exists()
     with pytest.raises(InputError, match="4 of 7 rows are missing"):
         GradientStore.open(folder)
     (folder / ".shard-00001.safetensors.tmp").write_bytes(b"half a file")
@@ -134,7 +136,70 @@ def test_a_killed_run_is_continued(setting, tmp_path):
     for kind in ("factual", "alternative"):
         assert torch.equal(continued.rows(kind=kind), whole.rows(kind=kind))
     assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == untouched
-    assert not list(folder.glob(".*"))
+    assert not list(folder.glob(".*")) and not (folder / LOCK).exists()
+
+
+def test_two_processes_write_one_store_once(setting, tmp_path, monkeypatch):
+    "The second one waits for the first, takes nothing away from it, and computes nothing again."
+    model, objective, space = setting
+    folder, seen = tmp_path / "s", tmp_path / "seen"
+    before = module.both_row_gradients, module.save_file
+
+    def counted(model, objective, frame, **options):
+        with open(seen, "a") as file: file.write(f"{os.getpid()} {len(frame)}\n")
+        return before[0](model, objective, frame, **options)
+
+    def slow(tensors, path):
+        before[1](tensors, path)
+        time.sleep(0.3)  # the file is there, and has not got its name yet
+
+    monkeypatch.setattr(module, "both_row_gradients", counted)
+    monkeypatch.setattr(module, "save_file", slow)
+    child = os.fork()
+    if child == 0:
+        try: write_store(folder, model, objective, ROWS, space=space)
+        except BaseException: os._exit(1)
+        os._exit(0)
+    deadline = time.monotonic() + 30
+    while not list(folder.glob(".shard*")) and time.monotonic() < deadline: time.sleep(0.01)
+    second = write_store(folder, model, objective, ROWS, space=space)
+    assert os.waitpid(child, 0)[1] == 0  # nobody removed its unfinished files
+    assert seen.read_text() == f"{child} 3\n{child} 3\n{child} 1\n"
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "shard_rows", lambda entries: 3)
+    alone = write_store(tmp_path / "alone", model, objective, ROWS, space=space)
+    assert torch.equal(second.rows(), alone.rows()) and sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in alone.folder.iterdir())
+
+
+def test_who_waits_for_a_killed_writer_completes_its_store(setting, tmp_path, monkeypatch):
+    model, objective, space = setting
+    before = module.save_file
+
+    def stuck(tensors, path):
+        before(tensors, path)
+        if "00001" in str(path): time.sleep(60)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            module.save_file = stuck
+            write_store(tmp_path / "s", model, objective, ROWS, space=space)
+        finally: os._exit(1)
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob("s/.shard-00001*/*")) and time.monotonic() < deadline: time.sleep(0.01)
+    threading.Timer(0.3, os.kill, (child, signal.SIGKILL)).start()
+    store = write_store(tmp_path / "s", model, objective, ROWS, space=space)
+    os.waitpid(child, 0)
+    assert torch.equal(store.rows(), write_store(tmp_path / "alone", model, objective, ROWS, space=space).rows())
+    assert not list(store.folder.glob(".*")) and not (store.folder / LOCK).exists()
+
+
+def test_a_complete_store_is_read_whoever_holds_it(setting, tmp_path):
+    model, objective, space = setting
+    write_store(tmp_path, model, objective, ROWS, space=space)
+    with run_lock(tmp_path): assert len(write_store(tmp_path, model, objective, ROWS, space=space, patience=0)) == 7
+    (tmp_path / "shard-00001.safetensors").unlink()
+    with run_lock(tmp_path), pytest.raises(FolderInUseError, match="is at work in"): write_store(tmp_path, model, objective, ROWS, space=space, patience=0)
 
 
 def test_a_finished_store_is_not_computed_again(setting, tmp_path, monkeypatch):

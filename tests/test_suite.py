@@ -6,6 +6,7 @@ import pickle
 import os
 import re
 import shutil
+import time
 import warnings
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
@@ -18,15 +19,17 @@ import torch
 from transformers.utils.logging import is_progress_bar_enabled
 
 from gradiend.children import SHARED, PairDefinition
-from gradiend.childtask import Shared
+from gradiend.childtask import Shared, trainer_of
 from gradiend.childwork import RECORD, lock_holder, run_task
 from gradiend.core import InputError
 from gradiend.data.examples import make_examples
 from gradiend.execution import LaunchExecutor, SuiteError, run_tasks
+from gradiend.gradients import store
+from gradiend.locks import LOCK, run_lock
 from gradiend.pruning import PostPruneConfig, PrePruneConfig
 from gradiend.suite import PositiveTrainerSuite, SymmetricTrainerSuite, TrainerCollection, TrainerSuite
+from gradiend.trainer import preparation
 from gradiend.trainer.arguments import TrainingArguments
-from gradiend.trainer.checkpoints import LOCK, run_lock
 from gradiend.trainer.loop import Training
 from gradiend.trainer.text import TextPredictionTrainer
 from tests.suite_work import dies, said
@@ -586,6 +589,53 @@ def test_no_link_outlives_a_training(base, tmp_path, caplog, monkeypatch, asked)
     for trainer in (one["he__they"], two["he__they"]): quietly(lambda trainer=trainer: trainer.train(progress=False))
 
 
+@pytest.mark.parametrize("how", ["train", "resume", "evaluate", "own evaluation"])
+def test_a_link_of_a_killed_suite_is_in_nobodys_way(base, tmp_path, how):
+    "A child that is trained or evaluated by itself removes a link that leads nowhere, and goes on."
+    args = replace(PRUNED, cache_gradients="auto", num_train_epochs=4)
+    one = suite(base, tmp_path, args, kind=TrainerSuite, target_pairs=[("he", "they")])
+    if how != "train": assert quietly(one.train).frame["status"].tolist() == ["done"]
+    link = tmp_path / "he__they/gradients"
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to("../shared/gradients-of-a-dead-process")
+    alone = trainer_of(one.tasks["he__they"])
+    if how == "evaluate": assert not one.evaluate_encoder(bootstrap=0).frame.empty
+    elif how == "own evaluation": assert alone.use_model(link.parent / "model") and len(alone.evaluate_encoder(bootstrap=0).frame)
+    else:
+        report = quietly(lambda: alone.train(resume=how == "resume", progress=False))
+        whole = suite(base, tmp_path / "whole", args, kind=TrainerSuite, target_pairs=[("he", "they")])
+        assert report.complete and quietly(whole.train).frame["status"].tolist() == ["done"] and weights(whole) == weights(one)
+    assert link.is_symlink() == (how == "own evaluation")  # which only reads
+    shutil.rmtree(link.parent)
+
+
+def test_two_suites_in_two_processes_share_one_folder_of_gradients(base, tmp_path, monkeypatch):
+    "With `cache_gradients=True` the folder stays, and whoever comes second waits and reads."
+    args = replace(PRUNED, cache_gradients=True, num_train_epochs=4)
+    def made(name): return suite(base, tmp_path / name, args, kind=TrainerSuite, target_pairs=[("he", "they")])
+    alone, (one, two) = made("alone"), (made("one"), made("two"))
+    quietly(alone.train)
+    seen, before = tmp_path / "seen", (store.both_row_gradients, preparation.prune_space)
+    def told(what, how, seconds=0.0):
+        def doing(*given, **options):
+            with open(seen, "a") as file: file.write(f"{what} ")
+            time.sleep(seconds)
+            return how(*given, **options)
+        return doing
+    monkeypatch.setattr(store, "both_row_gradients", told("rows", before[0], 0.2))
+    monkeypatch.setattr(preparation, "prune_space", told("space", before[1], 0.5))
+    (tmp_path / "common").mkdir()
+    def train(one):
+        with one.shared.keeping_gradients(tmp_path / "common", stay=True): return run_task(one.tasks["he__they"], shared=one.shared).status
+    child = os.fork()
+    if child == 0:
+        try: os._exit(0 if train(one) == "done" else 1)
+        finally: os._exit(2)
+    assert train(two) == "done" and os.waitpid(child, 0)[1] == 0
+    assert sorted(seen.read_text().split()) == ["rows"] * 2 + ["space"]  # training and validation rows, once
+    assert weights(one) == weights(two) == weights(alone)
+
+
 def test_processes_do_not_remove_the_gradients_of_each_other(base, tmp_path, monkeypatch):
     args = replace(PRUNED, cache_gradients="auto", num_train_epochs=4)
     one, two = (suite(base, tmp_path, args, kind=TrainerSuite, target_pairs=[("he", other)]) for other in ("they", "she"))
@@ -619,7 +669,7 @@ def test_a_damaged_shared_space_is_computed_anew(base, tmp_path):
     one = suite(base, tmp_path, replace(PRUNED, cache_gradients=True), kind=TrainerSuite, target_pairs=[("he", "they")])
     one.train()
     before = weights(one)
-    space = next((tmp_path / SHARED / "gradients").glob("space-*/space.safetensors"))
+    space = next((tmp_path / SHARED / "gradients").glob("space-*/space/space.safetensors"))
     whole = space.read_bytes()
     for damaged in (b"x", whole[:-8], None):
         if damaged is None: (space.parent / "space.json").unlink()

@@ -1,4 +1,4 @@
-"States on disk: every damaged byte is noticed, a full disk leaves the old state, a folder has one owner at a time."
+"States on disk: every damaged byte is noticed and a full disk leaves the old state."
 import dataclasses
 import errno
 import json
@@ -6,7 +6,6 @@ import math
 import os
 import resource
 import signal
-import time
 from dataclasses import replace
 
 import pytest
@@ -21,16 +20,13 @@ from gradiend.model import GradiendConfig
 from gradiend.trainer import checkpoints
 from gradiend.trainer.arguments import TrainingArguments
 from gradiend.trainer.checkpoints import (
-    LOCK,
     NAME,
     NO_EFFECT,
     Checkpoint,
-    FolderInUseError,
     check_writable,
     first_difference,
     read_checkpoint,
     run_identity,
-    run_lock,
     write_checkpoint,
 )
 from tests.test_trainer_loop import PAIR, examples, setting
@@ -169,84 +165,6 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 def test_a_folder_without_permission(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(InputError, match="cannot be written .Permission denied"): check_writable(tmp_path)
-
-
-def test_only_one_owner_even_if_many_find_a_dead_lock(tmp_path):
-    "Eight processes find the lock of a dead one at once; whoever gets in writes down when, and no two overlap."
-    stale, log = checkpoints._me(), tmp_path / "log"
-    stale["pid"] = os.fork() or os._exit(0)
-    os.waitpid(stale["pid"], 0)
-    (tmp_path / LOCK).write_text(json.dumps(stale))
-    start = time.time() + 0.2
-
-    def enter():
-        time.sleep(max(0, start - time.time()))
-        for _ in range(30):
-            try:
-                with run_lock(tmp_path):
-                    began = time.monotonic()
-                    time.sleep(0.003)
-                    with open(log, "a") as file: file.write(f"{began} {time.monotonic()}\n")
-            except FolderInUseError: time.sleep(0.004)
-
-    children = []
-    for _ in range(8):
-        child = os.fork()
-        if child == 0:
-            try: enter()
-            except BaseException: os._exit(1)
-            os._exit(0)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 8
-    spans = sorted(tuple(map(float, line.split())) for line in log.read_text().splitlines())
-    assert len(spans) >= 8 and all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
-    assert [p.name for p in tmp_path.iterdir()] == ["log"]
-
-
-def test_a_killed_owner_is_replaced_and_a_live_one_is_named(tmp_path):
-    reading, writing = os.pipe()
-
-    def hold():
-        with run_lock(tmp_path):
-            os.write(writing, b"x")
-            time.sleep(60)
-
-    child = os.fork()
-    if child == 0: hold()
-    os.read(reading, 1)
-    with pytest.raises(FolderInUseError, match=rf"process {child} on .* is training in"):
-        with run_lock(tmp_path): pass
-    os.kill(child, signal.SIGKILL)
-    deadline = time.time() + 10
-    while time.time() < deadline:  # not waited for yet: it may be a zombie, which is dead as well
-        try:
-            with run_lock(tmp_path): break
-        except FolderInUseError: time.sleep(0.01)
-    else: raise AssertionError("a zombie still holds the folder")
-    os.waitpid(child, 0)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_error_inside_gives_the_folder_back(tmp_path):
-    with pytest.raises(ZeroDivisionError), run_lock(tmp_path): raise ZeroDivisionError
-    with run_lock(tmp_path): pass
-
-
-@pytest.mark.parametrize("content", ["", "{}", "null", "[1]", '{"pid": 1}'])
-def test_an_unreadable_lock_is_not_thrown_away(tmp_path, content):
-    (tmp_path / LOCK).write_text(content)
-    with pytest.raises(FolderInUseError, match="does not say who made it"), run_lock(tmp_path): pass
-    assert (tmp_path / LOCK).read_text() == content
-
-
-def test_without_links_the_lock_works_too(tmp_path, monkeypatch):
-    def no_links(*_): raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", no_links)
-    with run_lock(tmp_path) as path:
-        assert json.loads(path.read_text())["pid"] == os.getpid()
-        with pytest.raises(FolderInUseError), run_lock(tmp_path): pass
-    assert list(tmp_path.iterdir()) == []
 
 
 OTHER = {"source": "factual", "target": "factual", "activation_encoder": "identity", "activation_decoder": "relu", "gradient_scale": 1.0, "convergent_mean_by_class_threshold": None}

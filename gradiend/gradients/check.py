@@ -257,12 +257,11 @@ def _passes(model: nn.Module, objective: Objective, part: pd.DataFrame) -> list[
     return list(passes(objective.prepare, part, tokens=pass_tokens(model)))
 
 
-def _at_once(model: nn.Module, objective: Objective, parts: list[tuple[pd.DataFrame, int]]) -> list[tuple[int, Any, bool]]:
-    "Candidates for the most that goes through the model at once: rows, prepared batch, and whether it is a pass of several."
+def _at_once(model: nn.Module, objective: Objective, parts: list[tuple[pd.DataFrame, int]]) -> list[list[tuple[Tensor, Any]]]:
+    "The passes of the one or two batches that may hold the most that goes through the model at once."
     cut = bisect_left(range(len(parts)), True, key=lambda i: len(_passes(model, objective, parts[i][0])) > 1)
-    chosen = dict.fromkeys([max(range(len(parts)), key=lambda i: parts[i][1]), max(cut - 1, 0)])
-    found = [_passes(model, objective, parts[i][0]) for i in chosen]
-    return [(len(rows), batch, len(one) > 1) for one in found for rows, batch in [max(one, key=lambda p: p[1].input_ids.numel() if isinstance(p[1], Batch) else 0)]]
+    most = max(range(len(parts)), key=lambda i: parts[i][1])
+    return [_passes(model, objective, parts[i][0]) for i in dict.fromkeys([most, max(cut - 1, 0)])]
 
 # %% ../../nbs/24_gradients.check.ipynb #c803cb02
 def saved_bytes(
@@ -391,8 +390,9 @@ def estimate(
             forward_seconds = _seconds(lambda: [objective.losses(model, batch) for batch in forward], device)
         batch_seconds = _seconds(lambda: act(part), device)
         largest = _at_once(model, objective, parts)
-        saved = max((saved_bytes(model, objective, batch, space) for _, batch, _ in largest), key=sum)
-    gradient, vectors = _vectors(what, model, space, len(frame), max(rows for rows, _, _ in largest), any(cut for _, _, cut in largest), directions)
+        saved = max((saved_bytes(model, objective, batch, space) for one in largest for _, batch in one), key=sum)
+    rows, cut = max(len(rows) for one in largest for rows, _ in one), any(len(one) > 1 for one in largest)
+    gradient, vectors = _vectors(what, model, space, len(frame), rows, cut, directions)
     return Estimate(
         what=what, rows=len(frame), batches=len(parts), forward_seconds=forward_seconds,
         batch_seconds=batch_seconds, total_seconds=batch_seconds * sum(s for _, s in parts) / work,

@@ -33,6 +33,7 @@ from .engine import KINDS, rows_of
 from .objectives import Objective
 from .rows import both_row_gradients
 from .space import ParameterSpace
+from ..locks import LOCK, waiting_lock
 from ..zoo import model_fingerprint
 
 # %% ../../nbs/23_gradients.store.ipynb #0ee85566
@@ -191,7 +192,7 @@ def _check_folder(folder: Path, identity: Mapping[str, Any]) -> None:
             raise InputError(f"folder={str(folder)!r} holds other gradients ({difference}): choose another "
                              f"folder, or delete this one")
     elif folder.is_dir():
-        strange = sorted(p.name for p in folder.iterdir() if p.name != "space" and p.suffix != ".tmp")
+        strange = sorted(p.name for p in folder.iterdir() if p.name != "space" and p.suffix != ".tmp" and not p.name.startswith(LOCK))
         if strange:
             raise InputError(f"folder={str(folder)!r} holds files that are no gradient store "
                              f"({', '.join(strange[:3])}): choose another folder")
@@ -199,9 +200,10 @@ def _check_folder(folder: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _begin(folder: Path, identity: Mapping[str, Any], space: ParameterSpace, rows: int) -> dict[str, Any]:
-    "Make the folder and its description unless they are there, remove what an interrupted call left half-written; returns the description."
-    folder.mkdir(parents=True, exist_ok=True)
-    for rubbish in folder.glob(".*.tmp"): shutil.rmtree(rubbish) if rubbish.is_dir() else rubbish.unlink()
+    "Make the description of a folder unless it is there, remove what an interrupted call left half-written; returns the description. Needs the lock of the folder."
+    for rubbish in folder.glob(".*.tmp"):
+        if rubbish.name.startswith(f".{LOCK}"): continue  # of somebody who is asking for the lock
+        shutil.rmtree(rubbish) if rubbish.is_dir() else rubbish.unlink()
     if not (folder / "manifest.json").is_file():
         space.save(folder / "space")
         manifest = {"format": FORMAT, "rows": rows, "entries": space.n, "shard_rows": shard_rows(space.n),
@@ -237,6 +239,10 @@ def _missing(folder: Path, manifest: Mapping[str, Any]) -> list[range]:
     return [part for i, part in enumerate(parts) if not _shard_is_whole(_shard_path(folder, i), len(part), manifest["entries"])]
 
 
+def _is_complete(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file() and not _missing(folder, _read_manifest(folder))
+
+
 def _in_table(message: str, start: int) -> str:
     "A message about rows of a part of the table, with their positions in the table, where the part begins at `start`."
     named = re.match(r"rows? \[[\d, ]+\]|gradient \d+", message.removeprefix("rows: "))
@@ -266,8 +272,9 @@ def write_store(
     engine: str = "auto", # As in `both_row_gradients`
     batch_size: int = 16, # Rows per pass
     progress_bar: bool = False, # Show a bar over the shards
+    patience: float = 3600.0, # Seconds to wait for another process that writes here and completes nothing
 ) -> Any: # The `GradientStore` of the folder
-    "Compute both gradients of every row and keep them, or continue an interrupted call. Raises InputError for a folder with other gradients or files, or too little disk."
+    "Compute both gradients of every row and keep them, or continue an interrupted call. Raises InputError for a folder with other gradients or files, too little disk, or a lock."
     folder, frame = Path(folder), rows_of(examples)
     if not len(frame) or not space.n:
         raise InputError(f"examples, space: {len(frame)} rows and {space.n} entries leave nothing to store; "
@@ -275,12 +282,16 @@ def write_store(
     identity = store_identity(model, objective, frame, space)
     _check_folder(folder, identity)
     _check_room(folder, estimate_store_size(len(frame), space) - sum(p.stat().st_size for p in folder.glob("shard-*")))
-    manifest = _begin(folder, identity, space, len(frame))
-    missing = _missing(folder, manifest)
-    log.info("write_store: %d of %d rows to compute in %s", sum(map(len, missing)), len(frame), folder)
-    for part in progress(missing, desc="gradients", disable=None if progress_bar else True):
-        tensors = _stored_rows(model, objective, frame, part, space=space, engine=engine, batch_size=batch_size)
-        _write_shard(_shard_path(folder, part.start // manifest["shard_rows"]), tensors)
+    if not _is_complete(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with waiting_lock(folder, patience=patience):
+            _check_folder(folder, identity)  # again, for somebody may have written while we waited
+            manifest = _begin(folder, identity, space, len(frame))
+            missing = _missing(folder, manifest)
+            log.info("write_store: %d of %d rows to compute in %s", sum(map(len, missing)), len(frame), folder)
+            for part in progress(missing, desc="gradients", disable=None if progress_bar else True):
+                tensors = _stored_rows(model, objective, frame, part, space=space, engine=engine, batch_size=batch_size)
+                _write_shard(_shard_path(folder, part.start // manifest["shard_rows"]), tensors)
     return GradientStore.open(folder)
 
 # %% ../../nbs/23_gradients.store.ipynb #ac3874b8

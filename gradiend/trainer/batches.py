@@ -125,14 +125,21 @@ def step_kinds(
     return (args.target, args.target) if args.supervised_decoder else (args.source, args.target)
 
 # %% ../../nbs/51_trainer.batches.ipynb #e479ce5b
+def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
+    "The same, each memory once: source and target of one kind share theirs."
+    return list({t.data_ptr(): t for t in tensors}.values())
+
+
 def _added(
     total: Sequence[Tensor] | None, # What earlier passes gave; None before the first
-    means: Sequence[Tensor], # Means over the rows of a pass
+    means: Sequence[Tensor], # Means over the rows of a pass; they are used up
     share: float, # Its share of all rows
 ) -> Sequence[Tensor]: # A pass that holds all rows as it is
     "The means over all rows, as far as they are known."
-    parts = means if share == 1 else [share * t for t in means]
-    return parts if total is None else [t.add_(more) for t, more in zip(total, parts, strict=True)]
+    for t in _distinct(means) if share != 1 else (): t.mul_(share)
+    if total is None: return means
+    for t, more in zip(_distinct(total), _distinct(means), strict=True): t.add_(more)
+    return total
 
 # %% ../../nbs/51_trainer.batches.ipynb #7ddd2465
 @dataclass(frozen=True, eq=False)

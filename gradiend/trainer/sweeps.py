@@ -158,13 +158,15 @@ def remembering(
     "The same objective, which prepares a batch of rows of this table only once."
     if not frame.index.is_unique or not hasattr(objective, "__dict__"): return objective
     kept: dict[tuple[Hashable, ...], Batch] = {}
+    held: set[Hashable] = set()  # rows; a batch of long rows is kept, and so are the passes it is cut into
 
     def prepare(part: pd.DataFrame) -> Any:
-        nonlocal limit
         key = tuple(part.index.tolist())
         if key in kept: return kept[key]
         batch = objective.prepare(part)
-        if isinstance(batch, Batch) and len(key) <= limit: kept[key], limit = batch, limit - len(key)
+        if isinstance(batch, Batch) and len(held.union(key)) <= limit:
+            kept[key] = batch
+            held.update(key)
         return batch
 
     twin = copy(objective)

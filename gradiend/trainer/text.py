@@ -102,9 +102,12 @@ class TrainerTraining(TrainerMaterial):
     def pre_prune(self, config: PrePruneConfig | None = None) -> ParameterSpace:
         "Choose the weights that take part in the training; `train` does it by itself. `config`: instead of the arguments'."
         if config is not None: self.args = replace(self.args, pre_prune_config=config)
-        self.space = training_space(self.base_model, **self._material, args=self.args)
-        self._cut_by = self.args.params, self.args.pre_prune_config
-        return self.space
+        return self.use_space(training_space(self.base_model, **self._material, args=self.args))
+
+    def use_space(self, space: ParameterSpace) -> ParameterSpace:
+        "Train with weights that were chosen before, by the same arguments on the same rows, instead of choosing them; until the arguments choose others."
+        self.space, self._cut_by = space, (self.args.params, self.args.pre_prune_config)
+        return space
 
     def _prepared(self) -> dict[str, Any]:
         "What the training functions take, but for the arguments."
