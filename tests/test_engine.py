@@ -373,6 +373,33 @@ def test_a_table_of_positions_that_looks_like_a_batch_is_found_out():
         encode(model, objective, rows, torch.ones(space.n, dtype=torch.float64), space=space, engine="ghost", batch_size=length)
 
 
+class SharedPlaces(nn.Module):
+    "Two branches; the second adds a table of positions that all rows share, with as many rows as the batch."
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.places = nn.Linear(3, 4), nn.Linear(3, 4), nn.Embedding(8, 4)
+
+    def forward(self, x): return self.first(x).sum(1), torch.tanh(self.second(x) + self.places(torch.arange(x.shape[1]))[None]).sum(1)
+
+
+class OneBranchEach:
+    "The factual loss looks at the first branch, the alternative one at the second."
+    name = "branches"
+    def prepare(self, frame): return torch.tensor(frame["x"].tolist(), dtype=torch.float64)
+    def losses(self, model, batch): return tuple(-scores.log_softmax(-1)[:, i] for i, scores in enumerate(model(batch)))
+
+
+@pytest.mark.parametrize("kinds", [("diff", "alternative"), ("factual", "alternative"), ("alternative", "alternative"), ("diff", "factual")])
+def test_what_rows_share_is_found_out_for_each_of_several_kinds(kinds):
+    g = torch.Generator().manual_seed(0)
+    model, points = SharedPlaces().double(), pd.DataFrame({"masked": ["a"] * 4, "x": torch.randn(4, 4, 3, generator=g, dtype=torch.float64).tolist()})
+    space = ParameterSpace.from_model(model)
+    v = torch.randn(2, space.n, generator=g, dtype=torch.float64)
+    with pytest.raises(NotRowAligned, match="shared between rows"): encode(model, OneBranchEach(), points, v, space=space, kind=kinds, engine="ghost")
+    torch.testing.assert_close(encode(model, OneBranchEach(), points, v, space=space, kind=kinds), encode(model, OneBranchEach(), points, v, space=space, kind=kinds, engine="loop"), rtol=1e-9, atol=1e-12)
+
+
 def test_losses_that_are_not_finite_name_their_rows():
     words, model = tiny_model("bert")
     objective, space = MaskedLM(words), ParameterSpace.from_model(model)
@@ -564,3 +591,25 @@ def test_the_size_of_the_weights_does_not_matter_in_float16(size):
     found = accumulate(model, objective, ROWS, ones * size, -ones * size, space=space)
     assert not found.requires_grad
     torch.testing.assert_close(found / size, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
+
+
+def test_each_of_several_sums_has_its_own_size_in_float16():
+    words, model = tiny_model("bert", dtype=torch.float16)
+    objective, space, ones = MaskedLM(words), ParameterSpace.from_model(model), torch.ones(2, 5)
+    sizes = torch.tensor([[1.0], [1e-12]])
+    expected = accumulate(model, objective, ROWS, ones[0], -ones[0], space=space)
+    for found, size in zip(accumulate(model, objective, ROWS, ones * sizes, -ones * sizes, space=space), (1.0, 1e-12), strict=True):
+        torch.testing.assert_close(found / size, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
+
+
+def test_weights_of_any_shape_are_served_or_refused():
+    model, objective, space = make("bert")
+    for shape, wanted in (((0,), (space.n,)), ((2, 0), (2, space.n))):
+        found = accumulate(model, objective, ROWS.head(0), torch.zeros(shape), torch.zeros(shape), space=space)
+        assert found.shape == wanted and not found.any()
+    assert accumulate(model, objective, ROWS, torch.zeros(0, 5), torch.zeros(0, 5), space=space).shape == (0, space.n)
+    for factual, alternative, message in ((torch.ones(1, 5), torch.ones(5), r"weights_alternative: shape \(5,\) does not fit \(1, 5\)"), ([[1.0], [1.0, 2.0]], torch.ones(5), "weights_factual"),
+                                          ("ones", torch.ones(5), "weights_factual"), (torch.ones(5), None, "weights_alternative")):
+        with pytest.raises(InputError, match=message): accumulate(model, objective, ROWS, factual, alternative, space=space)
+    for kind in (None, 7, "fact", ("diff", None), ("diff",)):
+        with pytest.raises(InputError, match="kind"): encode(model, objective, ROWS, torch.ones(2, space.n), space=space, kind=kind)

@@ -15,9 +15,9 @@ from gradiend.gradients.space import ParameterSpace
 from gradiend.gradients.store import write_store
 from gradiend.model import GradiendConfig, GradiendModel
 from gradiend.trainer.certificate import explained_by, training_examples
-from gradiend.trainer.krylov import averaging_factors, balanced_weights
+from gradiend.trainer.krylov import averaging_factors, balanced_weights, least_squares
 from gradiend.trainer.solution import spectral_problem
-from gradiend.trainer.solution import encoder_target, open_problem, solve_encoder
+from gradiend.trainer.solution import encoder_target, shared_start, solve_encoder
 from gradiend.trainer.spectral import BUDGET, estimate_spectral, fit_spectral
 from gradiend.trainer.sweeps import ModelRows
 
@@ -216,13 +216,13 @@ def test_the_shared_first_step_is_that_of_separate_walks():
     model, objective, space = setting()
     problem = spectral_problem(table(), GradiendConfig(pair=PAIR), average=8)
     rows = ModelRows(model, objective, problem.examples, space)
-    opened = open_problem(problem, rows)
-    for opening, kind in ((opened.decoder, "diff"), (opened.encoder, "alternative")):
+    shared = shared_start(problem, rows)
+    for step, kind in ((shared.decoder, "diff"), (shared.encoder, "alternative")):
         plain, _, _, codes = dense("bert", table().select("train"), kind)
         difference = plain[codes == 0].mean(0) - plain[codes == 1].mean(0)
-        assert cosine(opening.basis.vectors[0], difference) > 1 - 1e-12
-        torch.testing.assert_close(opening.products, plain @ opening.basis.vectors.T, rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(opening.raws, problem.matrix(rows, "target" if kind == "diff" else "source").transposed(opening.lefts), rtol=1e-9, atol=1e-12)
+        assert cosine(step.basis.vectors[0], difference) > 1 - 1e-12
+        torch.testing.assert_close(step.products, plain @ step.basis.vectors.T, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(step.raws, problem.matrix(rows, "target" if kind == "diff" else "source").transposed(step.lefts), rtol=1e-9, atol=1e-12)
 
 
 def test_the_regression_from_the_labels_comes_as_near_as_that_from_the_scores():
@@ -231,7 +231,7 @@ def test_the_regression_from_the_labels_comes_as_near_as_that_from_the_scores():
     rows, problem = found.rows, found.problem
     target = encoder_target(problem.matrix(rows, "target"), found.decoder.products, problem.labels)
     left = []
-    for start in (open_problem(problem, rows).encoder, None):
+    for start in (shared_start(problem, rows).encoder, None):
         c = solve_encoder(problem.matrix(rows, "source"), target, start=start, iterations=2).directions
         left.append(float((target[:, 0] - w.sqrt() * (plain @ c.vectors[0] - w @ (plain @ c.vectors[0]))).norm()))
     assert left[0] < 1.1 * left[1]
@@ -248,6 +248,39 @@ def test_the_class_axis_costs_nothing_after_a_start_from_the_labels():
         plain, codes = dense_of(frame)
         assert found.certificate.supervised and cosine(found.decoder.vectors[0], plain[codes == 0].mean(0) - plain[codes == 1].mean(0)) > 1 - 1e-9
     assert costs["labels"] == pytest.approx(10 + 2 * 6 + 0.5) and costs["random"] == pytest.approx(costs["labels"] + 2 + 3)
+
+
+def several_classes(others, rows=36):
+    "Rows of the pair and of other classes."
+    frame = table(rows).frame.copy()
+    for role in ("factual", "alternative"):
+        mine = frame[f"{role}_class"] == "3SG"
+        for k, name in enumerate(others): frame.loc[mine & (np.arange(len(frame)) % 9 == 3 * k + (2 if role == "factual" else 1)), f"{role}_class"] = name
+    return Examples(frame, PAIR)
+
+
+@pytest.mark.parametrize("others", [("2",), ("1", "2"), ("x", "y")])
+def test_the_class_axis_is_that_of_the_pair_whatever_classes_take_part(others, tmp_path):
+    examples = several_classes(others)
+    model, objective, space = setting()
+    train = examples.select("train")
+    plain, words = row_gradients(model, objective, train.frame, space=space, kind="diff", engine="loop"), train.frame["alternative_class"].to_numpy()
+    difference = plain[words == "3SG"].mean(0) - plain[words == "3PL"].mean(0)
+    assert len(set(words)) == 2 + len(others)
+    store = write_store(tmp_path / "store", model, objective, train, space=space)
+    for options, least in (({}, 1 - 1e-12), ({"store": store}, 0.999)):
+        found = fit(examples, supervised=True, other_classes=True, average=8, **options)
+        assert cosine(found.decoder.vectors[0], difference) > least and cosine(found.model.decoder_weight, difference) > least
+
+
+@pytest.mark.parametrize("budget", [10.0, 16.5, 22.0, 26.0, 39.0, 45.0])
+@pytest.mark.parametrize("others", [(), ("2",), ("1", "2")])
+def test_the_budget_is_kept_where_the_first_steps_leave_room(budget, others, monkeypatch):
+    monkeypatch.setattr("gradiend.trainer.spectral.TOLERANCE", 1e-9)  # the decoder would walk on for ever
+    found = fit(several_classes(others), other_classes=True, budget=budget, norm_rows=4)
+    least = 5 + (3 + 2 * (1 + len(others))) + 3 * max(4, 2 * (2 + len(others))) / 36
+    assert found.certificate.forward_passes <= max(budget, least) + 1e-9
+    if budget >= least + 6: assert len(found.choice) >= 2  # a further step is kept for the encoder
 
 
 def test_same_bits_again_and_budget_kept():
@@ -333,6 +366,52 @@ def test_gradients_of_zero_and_broken_gradients_are_named():
 
     with pytest.raises(InputError, match=r"rows \[0, 1, 2, 3, 4\] of the training rows have a gradient that is not finite"):
         fit_spectral(model, Broken(objective.tokenizer), rows, space, progress=False)
+
+
+@pytest.mark.parametrize("row", [5, 9])
+def test_a_loss_that_is_not_finite_names_its_row_though_classes_go_by_themselves(row):
+    model, objective, space = setting()
+    rows = table()
+    with torch.no_grad(): known = objective.losses(model, objective.prepare(rows.frame.iloc[[row]]))[1]
+
+    class Broken(type(objective)):
+        def losses(self, model, batch):
+            factual, alternative = super().losses(model, batch)
+            return factual, torch.where((alternative - known).abs() < 1e-12, torch.nan, alternative)
+
+    with pytest.raises(InputError, match=rf"rows \[{row}\]"): fit_spectral(model, Broken(objective.tokenizer), rows, space, progress=False)
+
+
+def test_sums_are_counted_as_they_are_done():
+    """Single passes where rows share sums, one pass for all where that would fall to pieces; nothing at all from a store."""
+    model, objective, space = setting()
+    rows = table().select("train")
+    masks = (torch.rand(3, len(rows), generator=torch.Generator().manual_seed(0)) < 0.5).double()
+    calls = []
+    hook = model.register_forward_pre_hook(lambda module, given, options: calls.append(len(options["input_ids"])), with_kwargs=True)
+    try:
+        for weights, share, backward in ((masks, float(masks.any(0).double().mean()), 3 * float(masks.any(0).double().mean())), (torch.eye(2).repeat_interleave(12, 1).double(), 1.0, 1.0), (0 * masks, 0.0, 0.0)):
+            calls.clear()
+            matrix = ModelRows(model, objective, rows, space)
+            found = matrix.sums(weights, "diff")
+            assert (matrix.sweeps[0].share, matrix.sweeps[0].backward) == pytest.approx((share, backward)) and sum(calls) == round(share * len(rows))
+            torch.testing.assert_close(found, weights @ dense("bert", rows, "diff")[0], rtol=1e-9, atol=1e-12)
+    finally: hook.remove()
+
+
+def test_a_fit_from_a_store_costs_no_forward_pass(tmp_path):
+    model, objective, space = setting()
+    found = fit(store=write_store(tmp_path / "store", model, objective, table().select("train"), space=space), average=8)
+    assert found.certificate.forward_passes == 0 and len(found.sweeps) > 2
+
+
+def test_a_regression_ends_when_nothing_is_left_also_in_float32():
+    words, model = tiny_model("bert", dtype=torch.float32)
+    objective = objective_for(words, model)
+    problem = spectral_problem(table(), GradiendConfig(pair=PAIR))
+    rows = ModelRows(model, objective, problem.examples, ParameterSpace.from_model(model))
+    matrix, first = problem.matrix(rows, "source"), shared_start(problem, rows).encoder
+    assert least_squares(matrix, matrix.adjusted(first.products), 9, start=first).steps == (1,)
 
 
 def test_rows_of_other_classes_can_take_part():

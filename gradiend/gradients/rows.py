@@ -6,7 +6,7 @@
 __all__ = ['FEW', 'STRETCH', 'picked', 'kept_entries', 'row_gradients', 'both_row_gradients', 'squared_lengths',
            'squared_row_lengths']
 
-# %% ../../nbs/23_gradients.rows.ipynb #8e2aa8c3
+# %% ../../nbs/23_gradients.rows.ipynb #2d6c3619
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ..core import check_choice
 from ..data.examples import Examples
 from .borrowing import check_space
-from .engine import KINDS, Layout, _empty_sums, _ghosts, _layout, _next_engine, _row_gradient, log, rows_of
+from .engine import KINDS, Parts, _empty_sums, _ghosts, _layout, _next_engine, _row_gradient, log, rows_of
 from .ghost import CHUNK, NotRowAligned, Use, entries, sum_type
 from .objectives import Objective, batches
 from .passes import pass_tokens
@@ -70,8 +70,8 @@ def kept_entries(
     rest = {name: index for name, index in wanted.items() if name in use.local.values() and name not in few}
     if rest: yield from entries(use, rest)
 
-# %% ../../nbs/23_gradients.rows.ipynb #93bd2d68
-def _add(out: Tensor, uses: list[Use], rows: Tensor, layout: Layout, scale: float) -> None:
+# %% ../../nbs/23_gradients.rows.ipynb #6e5c1c8e
+def _add(out: Tensor, uses: list[Use], rows: Tensor, layout: Parts, scale: float) -> None:
     "Add what the uses of one batch contribute to the rows `rows` of `out` `(N, n)`."
     for use in uses:
         places = rows.to(out.device)[use.row.to(out.device)]
@@ -142,8 +142,8 @@ def squared_lengths(
     parts = [torch.linalg.vector_norm(part, dim=1).double().square() for part in vectors.split(STRETCH, dim=1)]
     return torch.stack(parts).sum(0) if parts else vectors.new_zeros(len(vectors), dtype=torch.float64)
 
-# %% ../../nbs/23_gradients.rows.ipynb #40299346
-def _lengths_of_uses(uses: Sequence[Use], rows: int, layout: Layout) -> Tensor: # `(rows,)` float64
+# %% ../../nbs/23_gradients.rows.ipynb #9154db0c
+def _lengths_of_uses(uses: Sequence[Use], rows: int, layout: Parts) -> Tensor: # `(rows,)` float64
     "Squared lengths of the gradients of a batch, one parameter after the other."
     device = uses[0].signal.device if uses else torch.device("cpu")
     total = torch.zeros(rows, dtype=torch.float64, device=device)

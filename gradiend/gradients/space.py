@@ -205,13 +205,13 @@ def positions_of(
     found = [rank + begin for rank, begin in zip(ranks, table.begins.tolist(), strict=False)]
     return torch.empty_like(wanted).scatter_(0, order, torch.cat([wanted[:0], *found]))
 
-# %% ../../nbs/20_gradients.space.ipynb #4aded104
+# %% ../../nbs/20_gradients.space.ipynb #b2a631ea
 def kept_indices(
     table: EntryTable, # The table to choose from
     global_index: Tensor | Sequence[int], # `(m,)` global indices to keep, in any order
 ) -> tuple[Tensor, ...]: # Per tensor: sorted flat positions
     "Split global indices by tensor. Raises InputError if one of them is not in the table."
-    if not (kept := as_index("global_index", global_index, table.full_n)).diff().gt(0).all(): kept = kept.unique()
+    if not (kept := as_index("global_index", global_index, table.full_n).contiguous()).diff().gt(0).all(): kept = kept.unique()
     if any(index is not None for index in table.indices): positions_of(table, kept) # a full table has all of them
     return cut_at(kept, offsets(table.shapes))
 

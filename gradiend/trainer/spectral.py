@@ -6,7 +6,7 @@
 __all__ = ['BUDGET', 'NORM_ROWS', 'TOLERANCE', 'step_cost', 'opening_cost', 'estimate_spectral', 'SpectralFit', 'Held',
            'fit_spectral']
 
-# %% ../../nbs/53_trainer.spectral.ipynb #598d7501
+# %% ../../nbs/53_trainer.spectral.ipynb #64d74047
 import math
 import warnings
 from dataclasses import dataclass
@@ -26,15 +26,15 @@ from ..gradients.space import ParameterSpace
 from ..gradients.store import GradientStore
 from ..model import ACTIVATIONS, GradiendConfig, GradiendModel
 from .batches import shuffled
-from .certificate import CLASS_AXIS, Certificate, explained_by, target_energy, training_examples
-from .solution import Directions, Fitted, Opened, Problem, assemble, calibrated, class_means, class_opening, encoder_target, open_problem
+from .certificate import CLASS_AXIS, Certificate, explained_by, rows_to_measure, target_energy, training_examples
+from .solution import Directions, Fitted, Problem, SharedStart, assemble, calibrated, class_means, class_step, encoder_target, shared_start
 from .solution import solve_decoder, solve_decoder_stored, solve_encoder, solve_encoder_stored, spectral_problem
 from .sweeps import GradientRows, ModelRows, StoreRows, sweeps_frame
 
-# %% ../../nbs/53_trainer.spectral.ipynb #96634b1b
+# %% ../../nbs/53_trainer.spectral.ipynb #cfb7a7f2
 BUDGET = 20.0 # Forward passes over the training rows that "auto" keeps within
 NORM_ROWS = 16 # Rows whose length is measured, unless asked otherwise
-TOLERANCE = 0.25 # Residual of the first singular value, relative, from which on "auto" takes another step of the decoder
+TOLERANCE = 0.25 # Residual of the first singular value, relative, from which on "auto" takes another step of the decoder, if the budget allows
 
 
 def _steps(name: str, value: int | str) -> int | None:
@@ -54,7 +54,7 @@ def step_cost(
 def opening_cost(
     k: int, # Latent values
 ) -> float:
-    "Forward passes until both walks, over two classes, have made their first step: with one latent value they share their sweeps."
+    "Forward passes until both walks have made their first step, from the labels of two classes: with one latent value they share their sweeps."
     return 10.0 if k == 1 else 2 * step_cost(k)
 
 
@@ -68,7 +68,7 @@ def estimate_spectral(
     norm_rows: int = NORM_ROWS, # Rows whose length is measured for the certificate
     bytes_per_number: int = 4, # 8 for a float64 model
 ) -> dict[str, float]: # forward_passes, memory_gb (beside the language model), folder_gb
-    "What a fit will cost: sweeps in forward passes over the training rows, and memory. A pessimistic count of two class means of either kind, bases and a few working vectors."
+    "What a fit of two classes will cost from the labels: sweeps in forward passes over the training rows, and memory. A pessimistic count of two class means of either kind, bases and a few working vectors."
     k, sampled = latent_dim, min(norm_rows, rows // 2) / max(rows, 1)
     forward = opening_cost(k) + step_cost(k) * (decoder_iterations - 1) + step_cost(1) * (encoder_iterations - 1) + 3 * sampled
     steps = k * decoder_iterations + k + encoder_iterations - 1
@@ -149,27 +149,27 @@ def _label_share(problem: Problem, scores: Tensor) -> float:
     e, y = centred.T
     return float((e @ y) ** 2 / ((e @ e) * (y @ y)).clamp(min=1e-300))
 
-# %% ../../nbs/53_trainer.spectral.ipynb #6891242e
+# %% ../../nbs/53_trainer.spectral.ipynb #4bfdfaff
 def _warn_about_zeros(decoder: Directions) -> None:
     "Warn about rows whose target gradient is exactly zero."
     zero = torch.nonzero((decoder.products == 0).all(1)).flatten().tolist()
     if zero: warnings.warn(f"training rows {zero[:10]} ({len(zero)} in all) have a target gradient of zero, so they teach nothing; is their factual word the alternative one?", stacklevel=4)
 
 
-def _affordable(rows: GradientRows, budget: float, later: float, step: float) -> int:
-    "Steps of this price within the budget, where so much is spent later; the first has been paid for."
-    sampled = 3 * min(NORM_ROWS, rows.rows // 2) / rows.rows
-    return 1 + max(0, int((budget - rows.forward_passes - sampled - later) / step + 1e-9))
+def _further(rows: GradientRows, budget: float, kept: float, step: float) -> int:
+    "How many steps of this price the budget pays for, if so much of it is kept for others."
+    return max(0, int((budget - rows.forward_passes - kept) / step + 1e-9))
 
 
-def _decoder_part(problem: Problem, rows: GradientRows, first: Opened | None, means: Tensor, *, iterations: int | None, supervised: bool, from_labels: bool, budget: float) -> tuple[Directions, bool, float, str]:
+def _decoder_part(problem: Problem, rows: GradientRows, first: SharedStart | None, means: Tensor, *, iterations: int | None, supervised: bool, from_labels: bool, budget: float) -> tuple[Directions, bool, float, str]:
     "Directions of the decoder, whether they are the class axis, which share of the scores the class decides, and a note."
     matrix, k = problem.matrix(rows, "target"), problem.config.latent_dim
     def solve(class_axis: bool) -> Directions:
         if isinstance(rows, StoreRows): return solve_decoder_stored(rows, matrix, means, k, supervised=class_axis)
         assert first is not None
-        start = first.decoder if from_labels or not class_axis else class_opening(matrix, means)
-        steps = iterations or _affordable(rows, budget, step_cost(k if first.encoder is None else 1), step_cost(k))
+        start = first.decoder if from_labels or not class_axis else class_step(matrix, means)
+        for_encoder = step_cost(k if first.encoder is None else 1)
+        steps = iterations or 1 + _further(rows, budget, for_encoder, step_cost(start.products.shape[1]))
         return solve_decoder(matrix, start, k, iterations=steps, tolerance=0.0 if iterations else TOLERANCE, supervised=class_axis)
 
     found = _towards_labels(solve(supervised), problem.labels)
@@ -181,14 +181,15 @@ def _decoder_part(problem: Problem, rows: GradientRows, first: Opened | None, me
     found = _towards_labels(solve(True), problem.labels)
     return found, True, _label_share(problem, found.products), note
 
-# %% ../../nbs/53_trainer.spectral.ipynb #dcb714fc
-def _encoder_part(problem: Problem, rows: GradientRows, first: Opened | None, decoder: Directions, held: Held, *, iterations: int | None, supervised: bool, ridge: float | None, budget: float) -> Fitted:
+# %% ../../nbs/53_trainer.spectral.ipynb #ecc282b6
+def _encoder_part(problem: Problem, rows: GradientRows, first: SharedStart | None, decoder: Directions, held: Held, *, iterations: int | None, supervised: bool, ridge: float | None, budget: float) -> Fitted:
     "Directions of the encoder."
     target = encoder_target(problem.matrix(rows, "target"), decoder.products, problem.labels, supervised=supervised)
     matrix, validate = problem.matrix(rows, "source"), (held.products, held.labels) if held.enough(2) else None
     if isinstance(rows, StoreRows): return solve_encoder_stored(rows, matrix, target, validate=validate, ridge=ridge)
     start = None if first is None else first.encoder
-    steps = iterations or _affordable(rows, budget, step_cost(problem.config.latent_dim) if start is None else 0.0, step_cost(1))
+    begun = step_cost(problem.config.latent_dim) if start is None else 0.0  # what the first step has still to cost
+    steps = iterations or 1 + _further(rows, budget, begun, step_cost(1))
     return solve_encoder(matrix, target, start=start, iterations=steps, validate=validate, ridge=ridge or 0.0, auto=iterations is None)
 
 
@@ -232,7 +233,7 @@ def _rows_of_fit(model: nn.Module, objective: Objective, examples: Examples, spa
     store.check_fits(model, objective, examples.select("train"), space)
     return StoreRows(store, problem.positions, progress_bar=progress)
 
-# %% ../../nbs/53_trainer.spectral.ipynb #d865971c
+# %% ../../nbs/53_trainer.spectral.ipynb #98d39b68
 def fit_spectral(
     model: nn.Module, # The language model; nothing in it is changed
     objective: Objective,
@@ -264,16 +265,18 @@ def fit_spectral(
     steps = _steps("decoder_iterations", decoder_iterations), _steps("encoder_iterations", encoder_iterations)
     problem = spectral_problem(examples, config, average=average, other_classes=other_classes, max_rows=max_rows, shuffle_labels=shuffle_labels, seed=seed)
     rows = _rows_of_fit(model, objective, examples, space, problem, store, batch_size=batch_size, folder=folder, progress=progress, total=None if None in steps else 2 * sum(s or 0 for s in steps) + (1 if config.latent_dim > 1 else -1))
+    measured = min(NORM_ROWS, rows.rows // 2) if norm_rows is None else norm_rows
+    left = budget - 3 * sum(map(len, rows_to_measure(problem.codes, problem.matrix(rows, "target").factors, measured))) / rows.rows
     held = Held(model, objective, examples, space, config.source, batch_size)
     if shuffle_labels: held.labels = held.labels[shuffled(held.labels, seed)]
     from_labels = supervised or start == "labels"
-    first = None if store is not None else open_problem(problem, rows, start="labels" if from_labels else "random", seed=seed)
+    first = None if store is not None else shared_start(problem, rows, start="labels" if from_labels else "random", seed=seed)
     means = class_means(rows, config.target, problem.codes) if first is None else first.means
-    decoder, class_axis, share, note = _decoder_part(problem, rows, first, means, iterations=steps[0], supervised=supervised, from_labels=from_labels, budget=budget)
-    fitted = _encoder_part(problem, rows, first, decoder, held, iterations=steps[1], supervised=supervised, ridge=ridge, budget=budget)
+    decoder, class_axis, share, note = _decoder_part(problem, rows, first, means, iterations=steps[0], supervised=supervised, from_labels=from_labels, budget=left)
+    fitted = _encoder_part(problem, rows, first, decoder, held, iterations=steps[1], supervised=supervised, ridge=ridge, budget=left)
     calibration = _calibration(problem, fitted, held)
     solved, explained = assemble(problem, space, decoder, fitted.directions, means, calibration, supervised=class_axis)
-    certificate = _certificate(problem, rows, decoder, fitted, means, held, encodings=_encodings(config, fitted.validation, calibration), explained=explained, share=share, supervised=class_axis, norm_rows=min(NORM_ROWS, rows.rows // 2) if norm_rows is None else norm_rows)
+    certificate = _certificate(problem, rows, decoder, fitted, means, held, encodings=_encodings(config, fitted.validation, calibration), explained=explained, share=share, supervised=class_axis, norm_rows=measured)
     solved.info.update(_model_info(examples, certificate, rows, note))
     rows.bar.close()
     rows.kept.clear()
