@@ -131,13 +131,13 @@ def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _added(
-    total: Sequence[Tensor] | None, # What earlier passes gave; None before the first
+    total: Sequence[Tensor], # What earlier passes gave; nothing before the first
     means: Sequence[Tensor], # Means over the rows of a pass; they are used up
     share: float, # Its share of all rows
 ) -> Sequence[Tensor]: # A pass that holds all rows as it is
     "The means over all rows, as far as they are known."
     for t in _distinct(means) if share != 1 else (): t.mul_(share)
-    if total is None: return means
+    if not total: return means
     for t, more in zip(_distinct(total), _distinct(means), strict=True): t.add_(more)
     return total
 
@@ -166,12 +166,11 @@ class GradientStream:
     def batch(self, positions: Sequence[int] | np.ndarray, weight: float = 1.0) -> GradientBatch:
         "Mean source and target gradient of some rows of one class: one forward and two backward passes, for long rows a few times."
         source, target = step_kinds(self.args)
-        found: Sequence[Tensor] | None = None
+        found: Sequence[Tensor] = ()
         for rows, prepared in passes(self.objective.prepare, self.frame.iloc[positions], tokens=pass_tokens(self.model)):
             watched = _Watched(self.objective)
             gradients = pair_gradients(self.model, watched, prepared, source=source, target=target, space=self.space, positions=torch.as_tensor(positions)[rows])  # type: ignore[arg-type]
             found = _added(found, (*gradients, *watched.seen), len(rows) / len(positions))
-        assert found is not None
         g_source, g_target, factual, alternative = found
         return GradientBatch(g_source, g_target, float(self.labels[positions[0]]), factual, alternative, weight=weight)
 
