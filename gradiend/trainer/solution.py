@@ -125,10 +125,9 @@ class SharedStart(NamedTuple):
     encoder: FirstStep | None # The first step over the source gradients; None if it has to start from the decoder's scores
 
 
-def _beginning(matrix: Centred, start: str, k: int, seed: int) -> tuple[Tensor, Tensor]: # `(N, r)` and `(N, q)`
+def _beginning(matrix: Centred, u: Tensor, start: str, k: int, seed: int) -> tuple[Tensor, Tensor]: # `(N, r)` and `(N, q)`
     "Where the decoder's walk begins: contrasts of the classes, and other columns, orthonormal together."
     noise = torch.randn(len(matrix.codes), k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    u = contrasts(matrix)
     if start == "random": return u[:, :0], torch.linalg.qr(matrix.adjusted(noise))[0]
     more = max(0, k - u.shape[1])
     return u, torch.linalg.qr(torch.cat([u, matrix.adjusted(noise[:, :more])], 1))[0][:, u.shape[1]:] if more else u[:, :0]
@@ -143,8 +142,8 @@ def shared_start(
 ) -> SharedStart:
     "Class means and the first step of both walks, in two sweeps. Raises InputError if all gradients are zero."
     target, source = problem.matrix(rows, "target"), problem.matrix(rows, "source")
-    known, other = _beginning(target, start, problem.config.latent_dim, seed)
-    u, shares = contrasts(source), _class_shares(problem.codes)
+    u, shares = contrasts(target), _class_shares(problem.codes)  # rows, classes and weights are those of the source, too
+    known, other = _beginning(target, u, start, problem.config.latent_dim, seed)
     together = u.shape[1] >= problem.config.latent_dim  # the labels give every latent value a direction
     asked = [(target.kind, shares), *([(source.kind, shares)] if together and source.kind != target.kind else []), (target.kind, target.row_weights(other))]
     found = rows.sums(torch.cat([weights for _, weights in asked]), [kind for kind, weights in asked for _ in weights]).split([len(weights) for _, weights in asked])

@@ -7,7 +7,7 @@ __all__ = ['KEPT_ROWS', 'Sweep', 'sweeps_frame', 'SweepFolder', 'bad_rows', 'tog
            'ModelRows', 'StoreRows']
 
 # %% ../../nbs/52_trainer.sweeps.ipynb #47eac174
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -222,19 +222,21 @@ class StoreRows(GradientRows):
         starts = [slice(a, min(a + self.block, self.rows)) for a in range(0, self.rows, self.block)]
         return [(part, lambda part=part: self.store.rows(self.positions[part], kind)) for part in starts]  # type: ignore[misc]
 
-    def _multiply(self, directions: Tensor, kinds: tuple[str, ...]) -> Tensor:
-        result = torch.zeros(self.rows, len(directions), dtype=torch.float64)
+    def _passes(self, kinds: tuple[str, ...]) -> Iterator[tuple[list[int], slice, Callable[[], Tensor]]]:
+        "For each kind the positions of the vectors that ask for it, with every stretch of its rows."
         for kind in dict.fromkeys(kinds):
             mine = [i for i, each in enumerate(kinds) if each == kind]
-            for part, read in self.blocks(kind): result[part, mine] = (read() @ directions[mine].to(torch.float32).T).double()
+            for part, read in self.blocks(kind): yield mine, part, read
+
+    def _multiply(self, directions: Tensor, kinds: tuple[str, ...]) -> Tensor:
+        result = torch.zeros(self.rows, len(directions), dtype=torch.float64)
+        for mine, part, read in self._passes(kinds): result[part, mine] = (read() @ directions[mine].to(torch.float32).T).double()
         return result
 
     def _sums(self, weights: Tensor, kinds: tuple[str, ...]) -> Tensor:
         total = torch.zeros(len(weights), self.n, dtype=torch.float64)
-        for kind in dict.fromkeys(kinds):
-            mine = [i for i, each in enumerate(kinds) if each == kind]
-            for part, read in self.blocks(kind):
-                if weights[mine, part].any(): total[mine] += weights[mine, part].float() @ read()
+        for mine, part, read in self._passes(kinds):
+            if weights[mine, part].any(): total[mine] += weights[mine, part].float() @ read()
         return total.float()
 
     def _lengths(self, positions: np.ndarray, kind: str) -> Tensor:
