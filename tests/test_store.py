@@ -115,7 +115,7 @@ def test_a_killed_run_is_continued(setting, tmp_path):
     folder, saved = tmp_path / "s", tmp_path / "model"
     for thing in (*setting[:1], setting[1].tokenizer): thing.save_pretrained(saved)
     program = KILLED.format(root=str(ROOT), folder=str(folder), model=str(saved))
-    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
     try:
         deadline = time.monotonic() + 60
         while not (folder / "shard-00000.safetensors").exists() and time.monotonic() < deadline and child.poll() is None: time.sleep(0.05)
